@@ -1,0 +1,9 @@
+"""The ops that users call: the fused layer, the soft threshold, the in-place merge."""
+
+from __future__ import annotations
+
+from fastlora.ops.merge import MergeError, MergeReport, ModuleMerge, merge_
+from fastlora.ops.prox import soft_threshold
+from fastlora.ops.rank_lora import rank_lora_linear
+
+__all__ = ["MergeError", "MergeReport", "ModuleMerge", "merge_", "rank_lora_linear", "soft_threshold"]

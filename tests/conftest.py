@@ -1,0 +1,42 @@
+"""Settings of every test: Triton's interpreter, one thread, NaN-filled `torch.empty`, and the count of GPU skips."""
+
+from __future__ import annotations
+
+import os
+
+# before anything imports Triton: its kernels then run on CPU tensors
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empty():
+    """Every `torch.empty` holds NaN, so that an element which a kernel forgets to write fails the comparison."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum("needs a GPU" in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"GPU cases skipped, because no GPU is here: {count}")
