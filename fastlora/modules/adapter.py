@@ -1,0 +1,178 @@
+"""The adapter of one frozen matrix: its three parameters, and what is done with them between tasks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import reference
+from fastlora.checks import check_finite_gate, check_kappa, check_layer_options
+from fastlora.ops.merge import merge_
+from fastlora.ops.rank_lora import rank_lora_linear
+
+if TYPE_CHECKING:
+    from fastlora.ops.merge import MergeReport
+
+
+class RankAdapter(nn.Module):
+    """Gated low-rank adapter of a frozen `weight` [N, K], which a subclass owns or finds.
+
+    Parameters, float32 and trainable: lora_a [R, K], lora_b [N, R], gate [R]. They stay the same objects through
+    `prune_`, `merge_` and `reset_adapter_`: only their contents and shapes change.
+    """
+
+    weight: Any
+
+    def _init_adapter(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        kappa: float,
+        scaling: float,
+        dropout: float,
+        gate_init: str,
+        backend: str,
+        device: torch.device | str | None,
+    ) -> None:
+        check_layer_options(rank, kappa, scaling, dropout, gate_init)
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.scaling, self.dropout = rank, float(scaling), float(dropout)
+        self.gate_init, self.backend = gate_init, backend
+        # float32 whatever the weight's dtype: half precision cannot hold an optimizer's steps, nor kappa's on a gate
+        self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_b = nn.Parameter(torch.empty(out_features, rank, device=device))
+        self.gate = nn.Parameter(torch.empty(rank, device=device))
+        self.register_buffer("_kappa", torch.zeros((), device=device), persistent=False)
+        self.kappa = kappa
+        self.reset_adapter_()
+
+    @property
+    def kappa(self) -> float:
+        """Threshold in gate units."""
+        return self._kappa_value
+
+    @kappa.setter
+    def kappa(self, value: float) -> None:
+        check_kappa(value)
+        self._kappa_value = float(value)
+        self._thresholded = self._kappa_value > 0
+        self._kappa.fill_(self._kappa_value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RankAdapter:
+        gate, kappa = self.gate.data, self._kappa
+        super()._apply(fn, recurse)
+        # gates stay float32 through .half() and .to(dtype): float16(0.3) - 1e-4 rounds back to float16(0.3)
+        if self.gate.dtype != torch.float32:
+            self.gate.data = gate.to(self.gate.device)
+            self._kappa = kappa.to(self._kappa.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._adopt_rank(state_dict.get(f"{prefix}gate"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _adopt_rank(self, gate: Any) -> None:
+        """Take the shapes of a checkpoint that was saved at another (pruned) rank; values follow from the loader."""
+        if isinstance(gate, Tensor) and gate.dim() == 1 and gate.numel() != self.gate.numel():
+            self._set(
+                self.lora_a.new_zeros(gate.numel(), self.in_features),
+                self.lora_b.new_zeros(self.out_features, gate.numel()),
+                self.gate.new_zeros(gate.numel()),
+            )
+
+    def _set(self, lora_a: Tensor, lora_b: Tensor, gate: Tensor) -> None:
+        for parameter, value in ((self.lora_a, lora_a), (self.lora_b, lora_b), (self.gate, gate)):
+            parameter.grad = None
+            # by way of another dtype: only that makes autograd forget the shape it noted for a graph still alive
+            parameter.data = parameter.data.new_empty(0, dtype=torch.float64)
+            parameter.data = value
+
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output; the threshold is a tensor under torch.compile, so that a new kappa recompiles nothing."""
+        kappa = self._kappa if self._thresholded or torch.compiler.is_compiling() else 0.0
+        if self.training and self.dropout > 0:
+            return self._with_dropout(x, weight, bias, kappa)
+        return rank_lora_linear(
+            x, weight, bias, self.lora_a, self.lora_b, self.gate, kappa, self.scaling, backend=self.backend
+        )
+
+    def _with_dropout(self, x: Tensor, weight: Tensor, bias: Tensor | None, kappa: float | Tensor) -> Tensor:
+        """Dropout acts on the input of lora_a alone, so base and update have different inputs and nothing is fused."""
+        dropped = nn.functional.dropout(x, self.dropout)
+        s = nn.functional.linear(dropped, self.lora_a.to(x.dtype))
+        g = self.scaling * reference.soft_threshold(self.gate, kappa)
+        update = nn.functional.linear((s * g).to(s.dtype), self.lora_b.to(x.dtype))
+        return nn.functional.linear(x, weight, bias) + update
+
+    def effective_gate(self) -> Tensor:
+        """soft_threshold(gate, kappa), [R], float32, detached."""
+        return reference.soft_threshold(self.gate.detach(), self._kappa_value)
+
+    def active_rank(self) -> int:
+        """Number of gates with |gate| > kappa."""
+        return int((self.gate.detach().abs() > self._kappa_value).sum())
+
+    def delta_weight(self) -> Tensor:
+        """scaling * lora_b @ diag(soft_threshold(gate, kappa)) @ lora_a, [N, K], float32."""
+        lora_a, lora_b = self.lora_a.detach().float(), self.lora_b.detach().float()
+        return self.scaling * ((lora_b * self.effective_gate()) @ lora_a)
+
+    @torch.no_grad()
+    def prune_(self) -> int:
+        """Drop the ranks with |gate| <= kappa; the outputs do not change.
+
+        Returns:
+            The kept rank; 0 is legal, and leaves the frozen layer alone at work.
+        Raises:
+            ValueError: a gate is not finite; nothing is dropped.
+        """
+        check_finite_gate(self.gate)
+        keep = self.gate.abs() > self._kappa_value
+        if not bool(keep.all()):
+            self._set(self.lora_a[keep], self.lora_b[:, keep].contiguous(), self.gate[keep])
+        return self.gate.numel()
+
+    def merge_(self, *, generator: torch.Generator | None = None, **merge_kwargs: Any) -> MergeReport:
+        """weight += delta_weight() in place, rounded once; then a fresh adapter of the original rank.
+
+        Args:
+            generator: draws the fresh adapter.
+            merge_kwargs: passed to `fastlora.ops.merge_` (check).
+        Raises:
+            MergeError: the adapter is not finite or the sum overflows; weight and adapter are unchanged.
+            ValueError: a gate is not finite.
+        """
+        check_finite_gate(self.gate)
+        report = merge_(
+            [self.weight], [self.lora_a], [self.lora_b], [self.effective_gate()], scaling=self.scaling, **merge_kwargs
+        )
+        self.reset_adapter_(generator)
+        return report
+
+    @torch.no_grad()
+    def reset_adapter_(self, generator: torch.Generator | None = None) -> None:
+        """A fresh adapter of the original rank: lora_a Kaiming-uniform (a = sqrt 5), lora_b 0, gate N(0, 1) or 1.
+
+        Drawn on the CPU, lora_a before gate, so that a seed gives the same adapter on every device.
+        """
+        if self.gate.is_meta:
+            return  # nothing to fill; called again once the module has storage
+        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+        lora_a = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        gate = torch.ones(self.rank)
+        if self.gate_init == "normal":
+            gate.normal_(generator=generator)
+        lora_b = self.lora_b.new_zeros(self.out_features, self.rank)
+        self._set(lora_a.to(self.lora_a), lora_b, gate.to(self.gate))
+
+    def extra_repr(self) -> str:
+        kept = self.gate.numel()
+        rank = f"rank={self.rank}" if kept == self.rank else f"rank={self.rank}, kept={kept}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {rank}, kappa={self.kappa:g}, "
+            f"scaling={self.scaling:g}, backend={self.backend!r}"
+        )
