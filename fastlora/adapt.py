@@ -1,0 +1,299 @@
+"""Putting adapters into a model and working on all of them: inject, prune, merge, remove, report."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastlora.checks import check_finite_gate
+from fastlora.modules.adapter import RankAdapter
+from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention, is_attention, refuse_unsupported
+from fastlora.modules.linear import FusedRankLoRALinear
+from fastlora.ops.merge import MergeReport, merge_
+
+Where = str | Callable[[str, nn.Module], bool] | Sequence[str]
+
+TARGETS = (*PARTS, "fc1", "fc2")
+TOWERS = ("vision", "text", "all")
+# open_clip's names of a block's feed-forward layers
+_FEED_FORWARD = {"c_fc": "fc1", "c_proj": "fc2"}
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What `inject` did: the adapters' names, and the number of parameters that train."""
+
+    names: tuple[str, ...]
+    trainable_parameters: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __str__(self) -> str:
+        return f"{len(self)} adapters, {self.trainable_parameters:,} trainable parameters"
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One adapter: the rank it holds, the gates above kappa, and the Frobenius norm of its update."""
+
+    name: str
+    rank: int
+    active_rank: int
+    delta_norm: float
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """Rows of `rank_report`, one an adapter; str() is a table."""
+
+    rows: tuple[RankRow, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[RankRow]:
+        return iter(self.rows)
+
+    @property
+    def mean_active(self) -> float:
+        """Mean active rank over the adapters."""
+        return sum(row.active_rank for row in self.rows) / len(self.rows) if self.rows else 0.0
+
+    def __str__(self) -> str:
+        width = max([len(row.name) for row in self.rows] + [len("module")])
+        lines = [f"{'module':<{width}}  rank  active  ||delta||_F"]
+        lines += [
+            f"{row.name:<{width}}  {row.rank:4d}  {row.active_rank:6d}  {row.delta_norm:11.4g}" for row in self.rows
+        ]
+        return "\n".join([*lines, f"mean active rank {self.mean_active:.2f} over {len(self)} modules"])
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, RankAdapter]]:
+    """(name, adapter) of every adapter in `model`, in the order of its modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, RankAdapter):
+            yield name, module
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """lora_a, lora_b and gate of every adapter in `model`."""
+    for _, adapter in adapters(model):
+        yield from (adapter.lora_a, adapter.lora_b, adapter.gate)
+
+
+def inject(
+    model: nn.Module,
+    rank: int = 16,
+    *,
+    targets: Sequence[str] = TARGETS,
+    where: Where = "all",
+    **layer_kwargs: Any,
+) -> InjectReport:
+    """Give layers of `model` an adapter each, in place, and freeze everything else.
+
+    In an open_clip model `where` names the tower, and `targets` the matrices of every block: q, k, v and out of the
+    attention, fc1 and fc2 of the feed-forward part. In any other module, `where` is a predicate or a list of globs over
+    module names; it selects nn.Linear layers and whole attentions (of which `targets` picks the parts).
+
+    Args:
+        model: changed in place; its weights keep their storage.
+        rank: R >= 1 of each adapter.
+        targets: subset of ("q", "k", "v", "out", "fc1", "fc2").
+        where: "vision", "text", "all", a predicate (name, module) -> bool, or glob patterns.
+        layer_kwargs: kappa, scaling, dropout, gate_init, backend of every adapter.
+    Returns:
+        InjectReport with the adapters' names.
+    Raises:
+        ValueError: unknown target or tower, nothing found (near names are listed), already adapted, or an attention
+            with options that are not supported. The model is unchanged.
+        TypeError: a selected module is neither linear nor attention.
+    """
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown or not targets:
+        raise ValueError(f"targets {list(targets)} were given; accepted: any of {list(TARGETS)}.")
+    parts = tuple(part for part in PARTS if part in targets)
+    selected = _select_tower(model, targets, where) if isinstance(where, str) else _select(model, where)
+    _check_selection(model, selected, parts)
+    # one throw-away adapter: bad options are found before anything in the model has changed
+    FusedRankLoRALinear(1, 1, rank, **layer_kwargs)
+    kept = {id(parameter) for parameter in adapter_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+    for name, module in selected.items():
+        if is_attention(module):
+            adapted = adapt_attention(module, parts, rank, **layer_kwargs)
+        else:
+            adapted = FusedRankLoRALinear.from_linear(module, rank, **layer_kwargs)
+        model.set_submodule(name, adapted)
+    names = tuple(name for name, _ in adapters(model) if _within(name, selected))
+    return InjectReport(names, sum(p.numel() for p in adapter_parameters(model) if p.requires_grad))
+
+
+def _within(name: str, selected: dict[str, nn.Module]) -> bool:
+    return name in selected or any(name.startswith(f"{parent}.") for parent in selected)
+
+
+def _select_tower(model: nn.Module, targets: Sequence[str], where: str) -> dict[str, nn.Module]:
+    if where not in TOWERS:
+        raise ValueError(
+            f"where={where!r} is no tower; accepted: {', '.join(map(repr, TOWERS))}, a predicate (name, module) -> bool, "
+            f"or a list of glob patterns such as [{where!r}]."
+        )
+    selected: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        tower = "vision" if name.startswith("visual.") else "text"
+        parent, _, last = name.rpartition(".")
+        if where not in (tower, "all"):
+            continue
+        # a residual block is what has both an attention and a feed-forward part; poolers and heads are left alone
+        if last == "attn" and is_attention(module) and hasattr(model.get_submodule(parent), "mlp"):
+            if any(part in targets for part in PARTS):
+                selected[name] = module
+        elif _FEED_FORWARD.get(last) in targets and parent.endswith(".mlp") and isinstance(module, nn.Linear):
+            selected[name] = module
+    if not selected:
+        already = any(True for _ in adapters(model))
+        raise ValueError(
+            f"{type(model).__name__} has no block of open_clip's build in where={where!r}"
+            + ("; its adapters are in place already, call fastlora.remove(model) first." if already else
+               "; pass a predicate or glob patterns, e.g. where=['*.q_proj', '*.v_proj'].")
+        )  # fmt: skip
+    return selected
+
+
+def _select(model: nn.Module, where: Any) -> dict[str, nn.Module]:
+    patterns = None if callable(where) else list(where)
+    selected: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not name or not (isinstance(module, nn.Linear) or is_attention(module)):
+            continue
+        matched = where(name, module) if patterns is None else any(fnmatch.fnmatchcase(name, p) for p in patterns)
+        # what lies inside a selected attention is adapted with it
+        if matched and not any(name.startswith(f"{outer}.") for outer in selected):
+            selected[name] = module
+    if not selected:
+        raise ValueError(_nothing_found(model, patterns))
+    return selected
+
+
+def _nothing_found(model: nn.Module, patterns: list[str] | None) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_attention(module)]
+    if patterns is None:
+        return f"the predicate selected none of the {len(names)} linear and attention modules, e.g. {names[:5]}."
+    near = [match for pattern in patterns for match in difflib.get_close_matches(pattern.strip("*."), names, 3, 0.3)]
+    return (
+        f"the patterns {patterns} match none of the {len(names)} linear and attention modules; "
+        f"near: {near or names[:5]}. Globs match whole module names, e.g. '*.{(names or ['fc'])[0].split('.')[-1]}'."
+    )
+
+
+def _check_selection(model: nn.Module, selected: dict[str, nn.Module], parts: tuple[str, ...]) -> None:
+    for name, module in selected.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, RankAdapter) or isinstance(parent, _PackedAttention):
+            raise ValueError(f"{name} is adapted already; call fastlora.remove(model) first, or leave it out.")
+        if is_attention(module):
+            refuse_unsupported(module)
+            if not parts:
+                raise ValueError(f"{name} is an attention, and targets name none of its parts {list(PARTS)}.")
+        elif is_attention(parent):
+            raise ValueError(
+                f"{name} belongs to {type(parent).__name__}, which reads its weight without calling it: an adapter there "
+                f"would never train. Select the attention itself ({name.rpartition('.')[0]!r}) with targets=['out']."
+            )
+        elif type(module).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"{name} is a {type(module).__name__} with a forward of its own; a plain nn.Linear is accepted."
+            )
+        elif isinstance(parent, nn.TransformerEncoderLayer) and not any(_inside(parent, m) for m in selected.values()):
+            raise ValueError(
+                f"{name} belongs to nn.TransformerEncoderLayer, whose fast path for evaluation reads its weight without "
+                "calling it. Select its self_attn as well, which closes that path."
+            )
+
+
+def _inside(layer: nn.TransformerEncoderLayer, module: nn.Module) -> bool:
+    return module is layer.self_attn
+
+
+def prune(model: nn.Module) -> dict[str, int]:
+    """Drop the dead ranks of every adapter; outputs do not change. Returns name -> kept rank.
+
+    Raises:
+        ValueError: a gate is not finite (named); no adapter has changed.
+    """
+    found = _adapters_or_raise(model)
+    for name, adapter in found.items():
+        check_finite_gate(adapter.gate, f"{name}.gate")
+    return {name: adapter.prune_() for name, adapter in found.items()}
+
+
+def merge(model: nn.Module, **merge_kwargs: Any) -> MergeReport:
+    """Merge every adapter into its weight, all in one call of `fastlora.ops.merge_`, then start fresh adapters.
+
+    Args:
+        merge_kwargs: passed to `fastlora.ops.merge_` (check).
+    Raises:
+        MergeError: some adapter is not finite, or a sum overflows; no weight and no adapter has changed.
+    """
+    found = _adapters_or_raise(model)
+    for name, adapter in found.items():
+        check_finite_gate(adapter.gate, f"{name}.gate")
+    layers = list(found.values())
+    report = merge_(
+        [layer.weight for layer in layers],
+        [layer.lora_a for layer in layers],
+        [layer.lora_b for layer in layers],
+        [layer.effective_gate() for layer in layers],
+        scaling=[layer.scaling for layer in layers],
+        names=list(found),
+        **merge_kwargs,
+    )
+    for layer in layers:
+        layer.reset_adapter_()
+    return report
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take all adapters out: `model` is the plain model again, over the same weights, with its original keys.
+
+    What was not merged is dropped; call `fastlora.merge(model)` first to keep it. The weights stay frozen.
+
+    Returns:
+        The model; when `model` itself is an adapted layer, the plain layer.
+    """
+    if isinstance(model, FusedRankLoRALinear):
+        return model.to_linear()
+    if isinstance(model, _PackedAttention):
+        return model.to_plain()
+    hosts = [(name, m) for name, m in model.named_modules() if isinstance(m, (FusedRankLoRALinear, _PackedAttention))]
+    for name, module in hosts:
+        # an adapted out_proj goes with its attention
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), _PackedAttention):
+            plain = module.to_plain() if isinstance(module, _PackedAttention) else module.to_linear()
+            model.set_submodule(name, plain)
+    return model
+
+
+def rank_report(model: nn.Module) -> RankReport:
+    """Per adapter: rank held, active rank, Frobenius norm of the update."""
+    return RankReport(
+        tuple(
+            RankRow(name, adapter.gate.numel(), adapter.active_rank(), float(adapter.delta_weight().norm()))
+            for name, adapter in adapters(model)
+        )
+    )
+
+
+def _adapters_or_raise(model: nn.Module) -> dict[str, RankAdapter]:
+    found = dict(adapters(model))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no adapters; call fastlora.inject(model, rank=...) first.")
+    return found

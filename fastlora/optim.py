@@ -1,0 +1,149 @@
+"""AdamW with a proximal step on the gates, and the schedule of its threshold (CoDyRA, arXiv 2412.01004)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import adapt
+from fastlora.checks import check_kappa, check_operator
+from fastlora.ops.prox import soft_threshold_
+
+
+class ProxAdamW(torch.optim.AdamW):
+    """AdamW on adapters, then the proximal step gate <- soft_threshold(gate, kappa).
+
+    Args:
+        model_or_groups: a module with adapters (see `fastlora.inject`), or parameter groups as for torch.optim; the
+            group of the gates carries "prox": True.
+        lr: learning rate. betas, weight_decay: as torch.optim.AdamW.
+        operator: "exact" (the paper's equation) or "released" (its code's; dead zone 2 kappa).
+    Attributes:
+        kappa: threshold of the next step, in gate units (not multiplied by lr). It starts at 0: plain AdamW.
+            It is saved in the state_dict.
+    Raises:
+        ValueError: nothing to train, unknown operator, no gates among the groups.
+    """
+
+    def __init__(
+        self,
+        model_or_groups: nn.Module | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.9999),
+        weight_decay: float = 0.0,
+        operator: str = "exact",
+    ) -> None:
+        check_operator(operator)
+        groups = _groups_of(model_or_groups) if isinstance(model_or_groups, nn.Module) else _checked(model_or_groups)
+        super().__init__(groups, lr=lr, betas=betas, weight_decay=weight_decay)
+        self.operator = operator
+        self.kappa = 0.0
+
+    @property
+    def kappa(self) -> float:
+        return self._prox_groups()[0]["kappa"]
+
+    @kappa.setter
+    def kappa(self, value: float) -> None:
+        check_kappa(value)
+        for group in self._prox_groups():
+            group["kappa"] = float(value)
+
+    def _prox_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group.get("prox")]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One AdamW step, then one proximal step on the gates."""
+        loss = super().step(closure)
+        for group in self._prox_groups():
+            soft_threshold_(group["params"], group["kappa"], operator=self.operator)
+        return loss
+
+
+def _groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    directions, gates = [], []
+    for _, adapter in adapt.adapters(model):
+        directions += [p for p in (adapter.lora_a, adapter.lora_b) if p.requires_grad]
+        if adapter.gate.requires_grad:
+            gates.append(adapter.gate)
+    if not directions and not gates:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable adapter; call fastlora.inject(model, rank=...) first."
+        )
+    return [{"params": directions, "prox": False}, {"params": gates, "prox": True}]
+
+
+def _checked(groups: Iterable[Any]) -> list[dict[str, Any]]:
+    groups = list(groups)
+    if not all(isinstance(group, dict) for group in groups) or not any(group.get("prox") for group in groups):
+        raise ValueError(
+            "the parameter groups do not say which of them are gates; give dicts, the gates' one with 'prox': True, "
+            "or pass the model itself."
+        )
+    return [{"prox": False, **group} for group in groups]
+
+
+@dataclass(frozen=True)
+class KappaSchedule:
+    """Threshold of the proximal step over one task: none while dense, then a ramp of `steps` values up to `kappa_max`.
+
+    With the published settings (0.005, 50, 0.5, 500) the ramp is linspace(0, kappa_max, 50), advanced every 5
+    iterations from iteration 250 on, applied from iteration 251 on: a total shrink of 0.65.
+
+    Args:
+        kappa_max: last value, in gate units.
+        steps: values of the ramp, >= 2.
+        dense: share of the iterations without a proximal step.
+        total: iterations of the task.
+    """
+
+    kappa_max: float = 0.005
+    steps: int = 50
+    dense: float = 0.5
+    total: int = 500
+
+    def __post_init__(self) -> None:
+        check_kappa(self.kappa_max)
+        if self.steps < 2:
+            raise ValueError(f"steps is {self.steps}; a ramp needs at least 2 values.")
+        if not 0.0 <= self.dense <= 1.0:
+            raise ValueError(f"dense is {self.dense}; it is a share of the iterations, in [0, 1].")
+        if self.total < 1:
+            raise ValueError(f"total is {self.total}; it must be at least 1 iteration.")
+
+    @property
+    def start(self) -> int:
+        """The last iteration without a proximal step."""
+        return int(self.dense * self.total)
+
+    def kappa(self, iteration: int) -> float:
+        """Threshold at `iteration`, counted from 0."""
+        if iteration <= self.start:
+            return 0.0
+        index = 1 + (iteration - self.start) * self.steps // (self.total - self.start)
+        return self.kappa_max * min(index, self.steps - 1) / (self.steps - 1)
+
+    @property
+    def total_shrink(self) -> float:
+        """S, the sum of kappa over all iterations: what a gate without gradient loses."""
+        return sum(self.kappa(iteration) for iteration in range(self.total))
+
+    def expected_survival(self) -> float:
+        """The null model: 2 (1 - Phi(S)), the share of N(0, 1) gates that live through the schedule without a gradient."""
+        return math.erfc(self.total_shrink / math.sqrt(2))
+
+    @classmethod
+    def for_shrink(cls, total_shrink: float, *, steps: int = 50, dense: float = 0.5, total: int = 500) -> KappaSchedule:
+        """The schedule whose total shrink is `total_shrink`: equal expected sparsity at another length of the task."""
+        unit = cls(1.0, steps, dense, total).total_shrink
+        if unit == 0:
+            raise ValueError(
+                f"dense={dense} of total={total} iterations leaves none for the proximal step; lower dense."
+            )
+        return cls(total_shrink / unit, steps, dense, total)
