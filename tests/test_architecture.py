@@ -13,9 +13,9 @@ LAYERS = (
     ("fastlora.reference", "fastlora.checks", "fastlora.files", "fastlora.build", "fastlora._C"),
     ("fastlora.ops",),
     ("fastlora.modules",),
-    ("fastlora.adapt", "fastlora.adapter_file", "fastlora.optim"),
+    ("fastlora.adapt", "fastlora.adapter_file", "fastlora.merge_files", "fastlora.optim"),
     ("fastlora.continual",),
-    ("fastlora.cli",),
+    ("fastlora.doctor", "fastlora.cli"),
 )
 FILES = sorted([*ROOT.glob("fastlora/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
 

@@ -58,6 +58,14 @@ def test_gates_exactly_at_the_threshold_and_at_zero(backend):
     assert (ours["dgate"] != 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_gate_shows_in_the_output(backend):
+    operands = make_operands((5,), 8, 6, 3)
+    operands.gate[1] = float("nan")
+    y = rank_lora_linear(*operands.tensors(), 0.25, backend=backend)
+    assert y.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("gate_shape", [(3, 6), (15, 6)])
 def test_gate_of_a_sample_and_of_a_token(dtype, gate_shape):

@@ -1,0 +1,243 @@
+"""The `fastlora` command.
+
+What goes wrong is told in one message on stderr, with exit code 1, or 2 where the command line is wrong. Ctrl-C
+gives 130, SIGTERM 143; a run directory stays readable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from fastlora.continual.config import UsageError, nearest
+
+_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, ImportError)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM; whatever handles Ctrl-C handles this."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from fastlora import __version__
+
+        print(f"fastlora {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail("fastlora", f"no command {name!r}; accepted: {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}", 2)
+    try:
+        with _sigterm_raises():
+            return COMMANDS[name][0](rest) or 0
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
+        return _fail(f"fastlora {name}", "terminated." if terminated else "interrupted.", 143 if terminated else 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has seen enough
+        return 1
+    except _ERRORS as error:
+        return _fail(f"fastlora {name}", str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1)
+
+
+def train(argv: Sequence[str]) -> None:
+    """train a method on a benchmark: [--config FILE] [--method NAME] [--method.KEY VALUE] [--seed N] [--out DIR] ..."""
+    with _needs("train", "jsonargparse", "yaml"):
+        from fastlora.continual.arguments import parse_train
+
+        arguments = parse_train(argv)
+    config = arguments.run
+    out = arguments.out or Path("runs") / f"{config.benchmark}-{config.method.name}-seed{config.seed}"
+    from fastlora.continual.run_dir import check_new_directory
+
+    if arguments.out is None:
+        out.parent.mkdir(exist_ok=True)
+    check_new_directory(out)  # before torch and the benchmark take their seconds
+    with _needs("train", "open_clip", "matplotlib", "rich", "sklearn"):
+        from fastlora.continual.benchmarks import benchmark
+        from fastlora.continual.report import write_report
+        from fastlora.continual.trainer import Trainer
+    loaded = benchmark(config.benchmark).load(config.seed)
+    options = {
+        key: getattr(config, key) for key in ("device", "backend", "eval_batch_size", "log_every", "checkpoints")
+    }
+    try:
+        Trainer(*loaded, config.method, seed=config.seed, out=out, **options).fit()
+    except BaseException:
+        if (out / "manifest.json").exists():
+            print(f"{out} holds the finished tasks; `fastlora report {out}` shows them.", file=sys.stderr)
+        raise
+    write_report(out)
+    _print_run(out)
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """evaluate the model of a run again: RUN [--task N]"""
+    parser = _parser("eval", evaluate)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--task", type=int, help="the model after this task, 0 for the base model (default: the last one)"
+    )
+    options = parser.parse_args(argv)
+    from fastlora.continual.saved_run import read_run
+    from fastlora.continual.tables import text_table
+
+    run = read_run(options.run)
+    with _needs("eval", "open_clip", "sklearn"):
+        from fastlora.continual import evaluation, restore
+        from fastlora.continual.benchmarks import benchmark
+    loaded = benchmark(run.config["benchmark"]).load(run.config["seed"])
+    restore.check_same_tests(run, loaded.stream)
+    number = run.record.finished_tasks if options.task is None else options.task
+    source = restore.restore(loaded.model, run, number)
+    result = evaluation.evaluate(
+        loaded.model, loaded.tokenizer, loaded.stream, batch_size=run.config["eval_batch_size"]
+    )
+    now = {"own": result.own, "union": result.union}
+    print(f"{options.run} after task {number}, from {source}, in {result.seconds:.1f} s")
+    rows = [[space, *(f"{value:.1f}" for value in values)] for space, values in now.items()]
+    print(text_table(["accuracy %", *run.record.tasks], rows))
+    if result.held_out is not None:
+        print(f"  held-out {result.held_out:.1f} %")
+    recorded = {"own": run.record.own[number], "union": run.record.union[number]}
+    gap = max(abs(a - b) for space in now for a, b in zip(now[space], recorded[space]))
+    print("  equal to the recorded row" if gap == 0 else f"  differs from the recorded row by up to {gap:.2f} points")
+
+
+def report(argv: Sequence[str]) -> None:
+    """write the page and the plots of a run, and print its tables: RUN"""
+    parser = _parser("report", report)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory; an unfinished one will do")
+    options = parser.parse_args(argv)
+    with _needs("report", "matplotlib", "yaml"):
+        from fastlora.continual.report import write_report
+    write_report(options.run)
+    _print_run(options.run)
+
+
+def compare(argv: Sequence[str]) -> None:
+    """put runs side by side, seeds of one method together: RUN RUN ... [--out FILE.png] [--json]"""
+    parser = _parser("compare", compare)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories of one benchmark")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the comparison to this file")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    options = parser.parse_args(argv)
+    with _needs("compare", "matplotlib", "yaml"):
+        from fastlora.continual import compare as comparison
+        from fastlora.continual.compare_plot import draw_comparison
+        from fastlora.continual.saved_run import read_run
+    groups = comparison.group_runs([read_run(path) for path in options.runs])
+    if options.out:
+        draw_comparison(groups, options.out)
+    if options.json:
+        print(json.dumps(comparison.comparison_json(groups), indent=2))
+        return
+    print(comparison.comparison_text(groups))
+    print("\nPlots: " + ", ".join(str(path / "plots") for path in options.runs))
+    if options.out:
+        print(f"Comparison: {options.out}")
+
+
+def merge(argv: Sequence[str]) -> None:
+    """add an adapter file to a file of weights: BASE.safetensors ADAPTER.safetensors --out OUT.safetensors [--force]"""
+    parser = _parser("merge", merge)
+    parser.add_argument("base", type=Path, metavar="BASE", help="state_dict of an open_clip model, as safetensors")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="such as RUN/adapters/task_01.safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
+    options = parser.parse_args(argv)
+    from fastlora.merge_files import merge_files
+
+    print(merge_files(options.base, options.adapter, options.out, force=options.force))
+    print(f"written: {options.out}")
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """say what is installed, how the extension was built, and which backends run"""
+    _parser("doctor", doctor).parse_args(argv)
+    from fastlora.doctor import examine
+
+    print("\n".join(f"{name:<16}{text}" for name, text in examine()))
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    name: (function, function.__doc__ or "")
+    for name, function in (
+        ("train", train),
+        ("eval", evaluate),
+        ("report", report),
+        ("compare", compare),
+        ("merge", merge),
+        ("doctor", doctor),
+    )
+}
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<9}{summary}" for name, (_, summary) in COMMANDS.items())
+    return f"usage: fastlora COMMAND ...\n\n{commands}\n\n`fastlora COMMAND --help` tells more."
+
+
+def _parser(name: str, function: Callable[[Sequence[str]], None]) -> argparse.ArgumentParser:
+    summary = (function.__doc__ or "").partition(":")[0]
+    return argparse.ArgumentParser(prog=f"fastlora {name}", description=summary, allow_abbrev=False)
+
+
+def _print_run(path: Path) -> None:
+    from fastlora.continual.compare import run_text
+    from fastlora.continual.saved_run import read_run
+
+    print(run_text(read_run(path)))
+    print(f"\nReport: {path / 'report.html'}\nPlots:  {path / 'plots'}")
+
+
+def _fail(who: str, message: str, code: int) -> int:
+    print(f"{who}: {message}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _needs(command: str, *modules: str) -> Iterator[None]:
+    """Imports of the [train] extra happen within; a missing one says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in modules:
+            raise
+        raise ImportError(
+            f"`fastlora {command}` needs {error.name}, which is not installed. Run: pip install 'fastlora[train]'"
+        ) from None
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, in good order."""
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not in the main thread, where no handler can be set
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The command line of `fastlora train`: a YAML file, overridden option by option.
+
+What decides, first to last: the method's own defaults, the benchmark's preset for it, the YAML files, the command line.
+Both `method: codyra` and `method: {name: codyra, rank: 16}` are understood, and both `--method codyra` and
+`--method.name codyra`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlora.continual.benchmarks import BENCHMARKS, benchmark
+from fastlora.continual.config import CONFIGS, MethodConfig, RunConfig, UsageError, check_one_of, method_config
+
+_DESCRIPTION = """Train a method on a benchmark and write a run directory. Default: CoDyRA on the embedded benchmark.
+The options --method.KEY are those of the method asked for: `fastlora train --method lora --help`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """What to train, and where to: `out` is None for the default directory."""
+
+    run: RunConfig
+    out: Path | None
+
+
+def parse_train(argv: Sequence[str]) -> TrainArguments:
+    """Read the arguments after `fastlora train`.
+
+    Raises:
+        UsageError: unknown option, key, method or benchmark (the nearest is named), or a value that does not fit.
+        SystemExit: --help or --print_config was answered.
+    """
+    arguments, files = _split(argv)
+    configs = [(path, _read(path)) for path in files]
+    method, bench = "codyra", "demo"
+    for _, config in configs:
+        method, bench = config.get("method", {}).get("name", method), config.get("benchmark", bench)
+    method = _value_of("--method.name", arguments) or method
+    bench = _value_of("--benchmark", arguments) or bench
+    try:
+        check_one_of("method", method, CONFIGS)
+        parser = _parser(CONFIGS[method], benchmark(bench).presets.get(method, {}))
+        for path, config in configs:
+            _check_keys(path, config, CONFIGS[method])
+        known = [option for action in parser._actions for option in action.option_strings]
+        for argument in arguments:
+            if argument.startswith("--"):
+                check_one_of("option", argument.split("=")[0], known)
+        # files first, so that an option decides also when it stands before --config
+        given = [part for _, config in configs for part in ("--config", _dump(config))]
+        values = parser.parse_args([*given, *arguments]).as_dict()
+        options = values.pop("method")
+        out = values.pop("out")
+        values.pop("config")
+        run = RunConfig(**values, method=method_config(options.pop("name"), **options))
+    except ArgumentError as error:
+        raise UsageError(f"{' '.join(str(error).split())}. See `fastlora train --method {method} --help`.") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return TrainArguments(run, None if out is None else Path(out))
+
+
+def _parser(config: type[MethodConfig], preset: dict[str, Any]) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="fastlora train", description=_DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; options on the command line override it.")
+    parser.add_class_arguments(RunConfig, None, as_group=False, skip={"method"})
+    parser.add_argument(
+        "--out", type=str, default=None, help="run directory to make (default: runs/BENCHMARK-METHOD-seedN)."
+    )
+    names = f"also written --method NAME; one of {', '.join(CONFIGS)}. Benchmarks: {', '.join(BENCHMARKS)}."
+    parser.add_argument("--method.name", type=str, default=config.name, help=names)
+    parser.add_class_arguments(config, "method", as_group=False)
+    parser.set_defaults({f"method.{key}": value for key, value in preset.items()})
+    return parser
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """(arguments with --method NAME spelt out as --method.name NAME, config files)."""
+    arguments, files, rest = [], [], iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name == "--method":
+            name = "--method.name"
+        if name == "--config":
+            value = value if equals else next(rest, "")
+            if not value:
+                raise UsageError(
+                    "--config was given without a file; give a YAML file, such as the config.yaml of a run."
+                )
+            files.append(Path(value))
+        else:
+            arguments.append(f"{name}{equals}{value}")
+    return arguments, files
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The last value of `option` on the command line."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], None]):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's mapping, with `method: NAME` spelt out."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(
+            f"--config {path} cannot be read ({error.strerror}). Give a YAML file, such as a run's."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise UsageError(f"--config {path} holds a {type(config).__name__}; it must hold `key: value` lines.")
+    if isinstance(config.get("method"), str):
+        config["method"] = {"name": config["method"]}
+    if not isinstance(config.get("method", {}), dict):
+        raise UsageError(f"--config {path}: method is {config['method']!r}; give its name, or a mapping with a name.")
+    return config
+
+
+def _check_keys(path: Path, config: dict[str, Any], method: type[MethodConfig]) -> None:
+    for key in config:
+        check_one_of(f"--config {path}: key", key, [field.name for field in dataclasses.fields(RunConfig)] + ["out"])
+    for key in config.get("method", {}):
+        accepted = ["name", *(field.name for field in dataclasses.fields(method))]
+        check_one_of(f"--config {path}: key of method {method.name}", key, accepted)
+
+
+def _dump(config: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(config)

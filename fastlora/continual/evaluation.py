@@ -1,0 +1,102 @@
+"""Accuracy of a CLIP model on every data set of a stream, in both label spaces, in one pass over the images."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.continual.batches import gather
+from fastlora.continual.stream import Task, TaskStream
+from fastlora.continual.text import cut_context, encode_text
+
+_PROMPTS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies in percent, in stream order.
+
+    Args:
+        own: over the tested data set's own classes.
+        union: over the classes of all tasks, seen and unseen, without task identity.
+        held_out: the held-out set over its own classes; None where the stream has none.
+        seconds: wall time.
+    """
+
+    own: tuple[float, ...]
+    union: tuple[float, ...]
+    held_out: float | None
+    seconds: float
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, tokenizer: Any, stream: TaskStream, *, batch_size: int = 256) -> Evaluation:
+    """Classify every test image by the nearest class embedding.
+
+    A class embedding is the normalised mean over the data set's templates of normalised text features. In the union
+    label space a prediction counts only for the data set's own copy of a class, also where two share a class name.
+
+    Raises:
+        RuntimeError: the model gives features that are not finite.
+    """
+    start = time.perf_counter()
+    training = model.training
+    model.eval()
+    try:
+        heads = [class_embeddings(model, tokenizer, task) for task in stream.tasks]
+        union, offset = torch.cat(heads), 0
+        own_accuracy, union_accuracy, held_out = [], [], None
+        for task, head in zip(stream.tasks, heads):
+            own, among_all = _accuracies(model, task, [(head, 0), (union, offset)], batch_size)
+            own_accuracy.append(own)
+            union_accuracy.append(among_all)
+            offset += len(head)
+        if stream.held_out is not None:
+            head = class_embeddings(model, tokenizer, stream.held_out)
+            (held_out,) = _accuracies(model, stream.held_out, [(head, 0)], batch_size)
+    finally:
+        model.train(training)
+    return Evaluation(tuple(own_accuracy), tuple(union_accuracy), held_out, time.perf_counter() - start)
+
+
+def class_embeddings(model: nn.Module, tokenizer: Any, task: Task) -> Tensor:
+    """[C, D], unit rows: normalised mean over the templates of normalised text features."""
+    prompts = [template.format(name) for template in task.templates for name in task.classes]
+    tokens = cut_context(model, tokenizer(prompts)).to(_device(model))
+    features = torch.cat([encode_text(model, part, normalize=True) for part in tokens.split(_PROMPTS_AT_ONCE)])
+    mean = features.unflatten(0, (len(task.templates), len(task.classes))).mean(dim=0)
+    return _finite(F.normalize(mean, dim=-1), f"text features of {task.name!r}")
+
+
+def _accuracies(model: nn.Module, task: Task, heads: list[tuple[Tensor, int]], batch_size: int) -> list[float]:
+    """Percent correct for each (class embeddings, column of the task's class 0)."""
+    features, labels = _image_features(model, task, batch_size)
+    return [
+        100.0 * int(((features @ head.t()).argmax(dim=-1) == labels + offset).sum()) / len(labels)
+        for head, offset in heads
+    ]
+
+
+def _image_features(model: Any, task: Task, batch_size: int) -> tuple[Tensor, Tensor]:
+    device, features, labels = _device(model), [], []
+    for indices in torch.arange(len(task.test)).split(batch_size):
+        images, targets = gather(task.test, indices)
+        features.append(model.encode_image(images.to(device), normalize=True))
+        labels.append(targets)
+    return _finite(torch.cat(features), f"image features of {task.name!r}"), torch.cat(labels).to(device)
+
+
+def _finite(features: Tensor, what: str) -> Tensor:
+    # argmax of NaN is an index like any other: without this a broken model scores as a constant guess
+    if not bool(torch.isfinite(features).all()):
+        raise RuntimeError(f"{what} are not finite; an accuracy would mean nothing. Check the weights of the model.")
+    return features
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,32 @@
+"""The supervised loss of CoDyRA (arXiv 2412.01004), as in its published code."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: Tensor, seen_classes: int = 0
+) -> Tensor:
+    """Image-to-text plus text-to-image cross-entropy over the classes of the current task.
+
+    The published loss runs over (seen + current) class prompts, with the image side's seen columns set to -inf and
+    0/1 targets [classes, batch] on the text side, not normalised, whose seen rows are all zero. A column of -inf is
+    a column left out of the softmax, and a row of zero targets adds 0 to the sum of the text side and 1 to the rows
+    it is divided by: so the embeddings of seen classes are never needed, their number alone is.
+
+    Args:
+        image_features: [B, D], unit rows.
+        text_features: [C, D], unit rows, one per class of the current task.
+        labels: [B], 0 to C - 1.
+        logit_scale: 0-d or [1], the multiplier itself (not its logarithm).
+        seen_classes: number of classes of the earlier tasks.
+    Returns:
+        0-d tensor.
+    """
+    logits = logit_scale * image_features @ text_features.t()  # [B, C]
+    image_side = F.cross_entropy(logits, labels)
+    targets = F.one_hot(labels, len(text_features)).t().to(logits.dtype)  # [C, B]; a class twice in a batch has two 1s
+    per_class = F.cross_entropy(logits.t(), targets, reduction="sum")
+    return image_side + per_class / (seen_classes + len(text_features))

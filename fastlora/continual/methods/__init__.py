@@ -1,0 +1,27 @@
+"""Continual-learning methods: one file each, over the same layer, merge and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlora.continual.config import MethodConfig, check_one_of
+from fastlora.continual.methods.base import AdapterMethod, Method, TaskContext
+from fastlora.continual.methods.codyra import CoDyRA
+from fastlora.continual.methods.lora import LoRA
+from fastlora.continual.methods.zero_shot import ZeroShot
+
+METHODS: dict[str, type[Method]] = {cls.config_class.name: cls for cls in (CoDyRA, LoRA, ZeroShot)}
+
+__all__ = ["METHODS", "AdapterMethod", "CoDyRA", "LoRA", "Method", "TaskContext", "ZeroShot", "build_method"]
+
+
+def build_method(config: MethodConfig, **options: Any) -> Method:
+    """The method that `config` belongs to.
+
+    Args:
+        options: passed to the method (backend).
+    Raises:
+        ValueError: no method of that name; the accepted ones and the nearest are told.
+    """
+    check_one_of("method", config.name, METHODS)
+    return METHODS[config.name](config, **options)

@@ -1,0 +1,24 @@
+"""Sequential LoRA: what CoDyRA is compared with."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import fastlora
+from fastlora.continual.config import LoRAConfig
+from fastlora.continual.methods.base import AdapterMethod
+
+
+class LoRA(AdapterMethod):
+    """LoRA (arXiv 2106.09685), merged after each task: delta W = B A, every gate 1 and frozen, no proximal step.
+
+    Optimizer, schedule, loss, targets and merge are those of CoDyRA, so that the gates are the only difference. The
+    scaling alpha / r is 1.
+    """
+
+    config_class = LoRAConfig
+    gate_init = "ones"
+
+    def choose_trainable(self, model: nn.Module) -> None:
+        for _, adapter in fastlora.adapters(model):
+            adapter.gate.requires_grad_(False)

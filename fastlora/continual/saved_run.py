@@ -1,0 +1,106 @@
+"""Reading a run directory back; also an unfinished one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlora.continual.record import RankEntry, Record
+from fastlora.continual.run_dir import TABLES
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run as read from its directory. `log` holds one mapping of column to number (None: empty) per line."""
+
+    path: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    record: Record
+    log: list[dict[str, float | None]]
+
+    @property
+    def status(self) -> str:
+        return self.manifest["status"]
+
+    @property
+    def label(self) -> str:
+        """Method and what sets it apart, for legends: 'codyra', 'lora r=4'."""
+        method = self.config["method"]
+        return method["name"] + (f" r={method['rank']}" if method["name"] == "lora" else "")
+
+
+def read_run(path: str | os.PathLike[str]) -> SavedRun:
+    """Read what a run has written so far.
+
+    Raises:
+        FileNotFoundError: `path` is no run directory.
+        ValueError: a file of it cannot be read as what it should be; the file is named.
+    """
+    path = Path(path)
+    if not (path / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"{path} is not a run directory (it has no manifest.json). Pass a directory that `fastlora train` made."
+        )
+    manifest = _read(path / "manifest.json", json.loads)
+    config = _read(path / "config.yaml", _from_yaml)
+    tables = {space: _read(path / name, _table) for space, name in TABLES.items() if (path / name).exists()}
+    metrics = _read(path / "metrics.json", json.loads) if (path / "metrics.json").exists() else {}
+    ranks = _read(path / "ranks.csv", _ranks) if (path / "ranks.csv").exists() else []
+    record = Record(
+        tasks=list(manifest["tasks"]),
+        own=tables.get("own", []),
+        union=tables.get("union", []),
+        held_out=metrics.get("held_out_curve", []),
+        ranks=ranks,
+    )
+    return SavedRun(path, config, manifest, record, _read(path / "log.csv", _log))
+
+
+def _read(path: Path, parse: Any) -> Any:
+    try:
+        return parse(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing, so the run cannot be read. Restore it, or train again.") from None
+    except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). Restore it, or train again."
+        ) from error
+
+
+def _from_yaml(text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict) or "name" not in (config.get("method") or {}):
+        raise ValueError("it has no method.name")
+    return config
+
+
+def _rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
+
+
+def _table(text: str) -> list[list[float]]:
+    header, *rows = csv.reader(text.splitlines())
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError("a row has another number of columns than the header")
+    return [[float(value) for value in row[1:]] for row in rows]
+
+
+def _ranks(text: str) -> list[RankEntry]:
+    return [
+        RankEntry(int(row["task"]), row["module"], int(row["rank"]), int(row["active_rank"]), float(row["delta_norm"]))
+        for row in _rows(text)
+    ]
+
+
+def _log(text: str) -> list[dict[str, float | None]]:
+    return [{key: float(value) if value else None for key, value in row.items()} for row in _rows(text)]

@@ -1,0 +1,202 @@
+"""The loop: train on one task after the other, merge, evaluate everything after each."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.continual.batches import batches, generator_for
+from fastlora.continual.config import CoDyRAConfig, MethodConfig, RunConfig
+from fastlora.continual.evaluation import Evaluation, evaluate
+from fastlora.continual.losses import contrastive_loss
+from fastlora.continual.manifest import describe
+from fastlora.continual.methods import TaskContext, build_method
+from fastlora.continual.progress import Progress
+from fastlora.continual.record import RankEntry, Record
+from fastlora.continual.run_dir import RunDir, check_new_directory
+from fastlora.continual.stream import Task, TaskStream
+from fastlora.continual.text import cut_context, encode_text
+
+
+class Trainer:
+    """Trains a CLIP model on a stream of tasks.
+
+        record = Trainer(model, tokenizer, stream, CoDyRAConfig(), seed=0, out="runs/mine").fit()
+
+    Args:
+        model: an open_clip model; changed in place. After `fit` it is a plain model with every task merged.
+        tokenizer: list of texts -> [n, context] integers.
+        stream: tasks and held-out set; its training data is used up.
+        method: the method's config; it says which method.
+        seed: adapters and image order are functions of it and the task. Same seed, same result, bit for bit, on a CPU.
+            Torch's global generator is seeded from it at every task, for models that drop something out.
+        out: run directory to make; None keeps everything in memory.
+        progress: print a bar or lines.
+        options: further fields of RunConfig (device, backend, eval_batch_size, log_every, checkpoints).
+    Raises:
+        ValueError: an option is out of range. FileExistsError, OSError: `out` cannot be made.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        stream: TaskStream,
+        method: MethodConfig = CoDyRAConfig(),
+        *,
+        seed: int = 0,
+        out: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
+        self.config = RunConfig(benchmark=stream.name, method=method, seed=seed, **options)
+        self.method = build_method(method, backend=self.config.backend)
+        self.device = _device(self.config.device)
+        self.model: Any = model.to(self.device)
+        self.tokenizer, self.stream = tokenizer, stream
+        self.record = Record([task.name for task in stream.tasks])
+        self.out = None if out is None else Path(out)
+        if self.out is not None:
+            check_new_directory(self.out)
+        self._run: RunDir | None = None
+        self._progress = Progress(method.name, progress)
+
+    def fit(self) -> Record:
+        """Train on every task of the stream, once.
+
+        Returns:
+            What was measured; the run directory holds the same.
+        Raises:
+            FloatingPointError: the loss is not finite; the message names the step.
+            KeyboardInterrupt: passed on. After this and any other error the model is the plain one after the last
+                finished task, and the run directory holds every finished row.
+        """
+        if self.out is not None:
+            manifest = describe(self.model, self.stream, self.device)
+            manifest |= {
+                "method": self.config.method.name,
+                "seed": self.config.seed,
+                "null_model": self.method.null_model(),
+            }
+            self._run = RunDir.create(self.out, self.config.as_dict(), manifest)
+        try:
+            with self._progress:
+                evaluation = self._evaluate("before training")
+                for number, task in enumerate(self.stream.tasks, start=1):
+                    if self.method.trains:
+                        self._train(number, task)
+                    # a method that does not train leaves every figure as it was
+                    self._evaluate(
+                        f"task {number}/{len(self.stream)} {task.name}", None if self.method.trains else evaluation
+                    )
+        except BaseException as error:
+            self.method.abandon(self.model)
+            self._finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error)
+            raise
+        self._finish("finished")
+        return self.record
+
+    def _train(self, number: int, task: Task) -> None:
+        config, model = self.method.config, self.model
+        data = batches(self.stream.open_task(number - 1), config.batch_size, self.config.seed, number)
+        ctx = self._context(number, task)
+        torch.manual_seed(generator_for(self.config.seed, "dropout", number).initial_seed())
+        self.method.begin_task(ctx)
+        optimizer = ctx.optimizer
+        first_lrs = [group["lr"] for group in optimizer.param_groups]
+        logit_scale = model.logit_scale.detach().exp()  # frozen
+        prompts = self.tokenizer([task.templates[0].format(name) for name in task.classes])
+        prompts = cut_context(model, prompts).to(self.device)
+        text_features: Tensor | None = None
+        losses: list[Tensor] = []
+
+        self._progress.start(f"task {number}/{len(self.stream)} {task.name}", config.iterations)
+        model.train()
+        for iteration in range(config.iterations):
+            for group, lr in zip(optimizer.param_groups, first_lrs):
+                group["lr"] = cosine(lr, iteration, config.iterations)
+            optimizer.kappa = self.method.kappa(iteration)
+
+            images, labels = (part.to(self.device) for part in next(data))
+            image_features = model.encode_image(images, normalize=True)
+            if text_features is None or text_features.requires_grad:  # a frozen text tower is encoded once per task
+                text_features = encode_text(model, prompts, normalize=True)
+            loss = contrastive_loss(image_features, text_features, labels, logit_scale, ctx.seen_classes)
+            ctx.step = {"iteration": iteration, "images": images, "labels": labels}
+            ctx.step |= {"image_features": image_features, "text_features": text_features}
+            extra_loss = self.method.extra_loss(ctx)
+            if extra_loss is not None:
+                loss = loss + extra_loss
+
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()  # AdamW, then the proximal step on the gates
+            self.method.after_step(ctx)
+
+            losses.append(loss.detach())
+            if iteration % self.config.log_every == 0 or iteration == config.iterations - 1:
+                self._log(ctx, losses)
+                losses.clear()
+
+        ranks = self.method.end_task(ctx)
+        if ranks is not None:
+            rows = [RankEntry(number, row.name, config.rank, row.active_rank, row.delta_norm) for row in ranks.rows]
+            self.record.ranks.extend(rows)
+        if self._run and self.config.keeps_checkpoint(number, len(self.stream)):
+            self._run.save_checkpoint(number, model)
+
+    def _context(self, number: int, task: Task) -> TaskContext:
+        seen_classes = sum(len(earlier.classes) for earlier in self.stream.tasks[: number - 1])
+        journal = self._run.journal(number) if self._run else None
+        return TaskContext(self.model, task, number, self.config.seed, seen_classes, journal)
+
+    def _evaluate(self, what: str, known: Evaluation | None = None) -> Evaluation:
+        batch_size = self.config.eval_batch_size
+        result = known or evaluate(self.model, self.tokenizer, self.stream, batch_size=batch_size)
+        self.record.add(result.own, result.union, result.held_out)
+        if self._run:
+            self._run.write_record(self.record)
+        self._progress.line(f"{what}: {self.record.summary()}")
+        return result
+
+    def _log(self, ctx: TaskContext, losses: list[Tensor]) -> None:
+        """One line with the mean loss since the last one; read here, so a GPU is waited for once in log_every steps."""
+        iteration, optimizer = ctx.step["iteration"], ctx.optimizer
+        values = torch.stack(losses).tolist()
+        for earlier, loss in enumerate(values, start=iteration + 1 - len(values)):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at iteration {earlier} (from 0) of task {ctx.number} ({ctx.task.name}); it "
+                    f"must be finite. Lower the learning rate ({self.method.config.lr:g}) or look at the images."
+                )
+        loss = sum(values) / len(values)
+        lr, active_rank = optimizer.param_groups[0]["lr"], self.method.active_rank(ctx.model)
+        if self._run:
+            self._run.append_log([(ctx.number, iteration, loss, lr, optimizer.kappa, active_rank)])
+        self._progress.step(iteration + 1, loss=loss, kappa=optimizer.kappa, rank=active_rank)
+
+    def _finish(self, status: str, error: BaseException | None = None) -> None:
+        if self._run:
+            self._run.update(status=status, **({"error": f"{type(error).__name__}: {error}"} if error else {}))
+
+
+def cosine(lr: float, iteration: int, iterations: int) -> float:
+    """lr at iteration 0, falling to 0 after the last one; no warm-up."""
+    return lr * 0.5 * (1.0 + math.cos(math.pi * iteration / iterations))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; it must be auto or a torch device such as cpu or cuda:0.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {name!r} was asked for but torch sees no GPU. Pass device=cpu, or auto.")
+    return device
