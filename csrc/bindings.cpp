@@ -1,0 +1,100 @@
+// The Python module fastlora._C: addresses, sizes and strides in, reports out. fastlora/ops/merge.py is its one caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "checks.h"
+#include "merge.h"
+
+namespace py = pybind11;
+using namespace fastlora;
+
+namespace {
+
+Matrix make_matrix(uintptr_t data, DType dtype, int64_t rows, int64_t cols, int64_t stride_row, int64_t stride_col) {
+    CHECK_ARG(rows >= 0 && cols >= 0, "shape is [" << rows << ", " << cols << "]; sizes must be >= 0");
+    CHECK_ARG(data != 0 || rows == 0 || cols == 0, "address is 0 for [" << rows << ", " << cols << "] elements");
+    CHECK_ARG(stride_row >= 0 && stride_col >= 0,
+              "strides are [" << stride_row << ", " << stride_col << "]; they must be >= 0");
+    return {reinterpret_cast<void*>(data), dtype, rows, cols, stride_row, stride_col};
+}
+
+MergeItem make_item(const Matrix& weight, const Matrix& lora_a, const Matrix& lora_b, uintptr_t gate, double scaling) {
+    CHECK_ARG(lora_a.cols == weight.cols && lora_b.rows == weight.rows && lora_b.cols == lora_a.rows,
+              "lora_a is [" << lora_a.rows << ", " << lora_a.cols << "] and lora_b [" << lora_b.rows << ", "
+                            << lora_b.cols << "]; with weight [" << weight.rows << ", " << weight.cols
+                            << "] they must be [R, " << weight.cols << "] and [" << weight.rows << ", R]");
+    const bool by_rows = weight.stride_col == 1 && (weight.rows <= 1 || weight.stride_row >= weight.cols);
+    const bool by_cols = weight.stride_row == 1 && (weight.cols <= 1 || weight.stride_col >= weight.rows);
+    CHECK_ARG(by_rows || by_cols, "weight has strides [" << weight.stride_row << ", " << weight.stride_col
+                                                         << "]; one must be 1 and the other span a row");
+    CHECK_ARG(gate != 0 || lora_a.rows == 0, "the address of the gate is 0 for rank " << lora_a.rows);
+    return {weight, lora_a, lora_b, reinterpret_cast<const float*>(gate), scaling};
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = FASTLORA_VERSION;
+    info["compiler"] = __VERSION__;
+    info["simd"] = simd_levels();
+#ifdef FASTLORA_CUDA
+    info["cuda"] = true;
+    info["cuda_version"] = FASTLORA_CUDA_VERSION;
+    info["cuda_archs"] = FASTLORA_CUDA_ARCHS;
+#else
+    info["cuda"] = false;
+#endif
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "C++ and CUDA of fastlora: the in-place merge. Use fastlora.ops.merge_.";
+
+    py::enum_<DType>(m, "DType")
+        .value("float32", DType::float32)
+        .value("float16", DType::float16)
+        .value("bfloat16", DType::bfloat16);
+    py::class_<Matrix>(m, "Matrix")
+        .def(py::init(&make_matrix), py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
+             py::arg("stride_row"), py::arg("stride_col"));
+    py::class_<MergeItem>(m, "MergeItem")
+        .def(py::init(&make_item), py::arg("weight"), py::arg("lora_a"), py::arg("lora_b"), py::arg("gate"),
+             py::arg("scaling"));
+    py::class_<ItemReport>(m, "ItemReport")
+        .def_readonly("kept_rank", &ItemReport::kept_rank)
+        .def_readonly("delta_square", &ItemReport::delta_square)
+        .def_readonly("updated", &ItemReport::updated)
+        .def_readonly("unchanged", &ItemReport::unchanged)
+        .def_readonly("not_finite", &ItemReport::not_finite)
+        .def_readonly("largest", &ItemReport::largest)
+        .def_readonly("max_relative", &ItemReport::max_relative)
+        .def_readonly("bad_a", &ItemReport::bad_a)
+        .def_readonly("bad_b", &ItemReport::bad_b)
+        .def_readonly("bad_gate", &ItemReport::bad_gate);
+
+    const auto free_gil = py::call_guard<py::gil_scoped_release>();
+    m.def("build_info", &build_info);
+    m.def("simd_levels", &simd_levels);
+    m.def("check_cpu", &check_cpu, py::arg("items"), py::arg("threads"), py::arg("simd") = "auto", free_gil);
+    m.def("merge_cpu", &merge_cpu, py::arg("items"), py::arg("threads"), py::arg("simd") = "auto", free_gil);
+
+    // For the tests of merge_core.h: `count` elements from one address to another.
+    m.def("round_to", [](DType dtype, uintptr_t source, uintptr_t target, int64_t count, const std::string& simd) {
+        round_cpu(dtype, reinterpret_cast<const float*>(source), reinterpret_cast<void*>(target), count, simd);
+    }, py::arg("dtype"), py::arg("source"), py::arg("target"), py::arg("count"), py::arg("simd") = "auto");
+    m.def("widen", [](DType dtype, uintptr_t source, uintptr_t target, int64_t count, const std::string& simd) {
+        widen_cpu(dtype, reinterpret_cast<const void*>(source), reinterpret_cast<float*>(target), count, simd);
+    }, py::arg("dtype"), py::arg("source"), py::arg("target"), py::arg("count"), py::arg("simd") = "auto");
+
+#ifdef FASTLORA_CUDA
+    m.def("cuda_obstacle", &cuda_obstacle, py::arg("device"));
+    m.def("cuda_workspace", &cuda_workspace, py::arg("items"));
+    m.def("check_cuda", [](const std::vector<MergeItem>& items, int device, uintptr_t workspace, uintptr_t stream) {
+        return check_cuda(items, device, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+    }, py::arg("items"), py::arg("device"), py::arg("workspace"), py::arg("stream"), free_gil);
+    m.def("merge_cuda", [](const std::vector<MergeItem>& items, int device, uintptr_t workspace, uintptr_t stream) {
+        return merge_cuda(items, device, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
+    }, py::arg("items"), py::arg("device"), py::arg("workspace"), py::arg("stream"), free_gil);
+#endif
+}

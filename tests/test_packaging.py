@@ -1,0 +1,287 @@
+"""The source distribution, the wheel built from it, and both ways to install: what lies in them, and what imports.
+
+The wheel is built once, from the source distribution, without CUDA and without an isolated environment, so that nothing
+is downloaded; it is installed into an environment of its own that borrows torch from this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from email.parser import Parser
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import fastlora
+from fastlora.build import build_info
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+needed = [name for name in ("setuptools", "pybind11", "cmake", "ninja") if find_spec(name) is None]
+needs_tools = pytest.mark.skipif(
+    bool(needed), reason=f"not installed: {', '.join(needed)}; pip install 'fastlora[dev]'"
+)
+
+PROBE = """
+import json, os, sys
+import fastlora, fastlora.triton_kernels, fastlora.modules, fastlora.ops
+from fastlora.build import build_info, extension
+print(json.dumps({
+    "fastlora": fastlora.__file__,
+    "triton_kernels": fastlora.triton_kernels.__file__,
+    "extension": getattr(extension(), "__file__", None),
+    "info": build_info(),
+    "bare": "triton_kernels" in sys.modules,
+}))
+"""
+
+
+def run(command, cwd, **environment):
+    """Run with a clean path; the output is in the assertion when it fails."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("FASTLORA_", "PYTHON"))}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def python_sources(package, folder):
+    """Names inside a wheel of all Python files below a source folder."""
+    return {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory):
+    """Built from a copy of the tree, so that no earlier build lends it files and this one leaves none."""
+    folder = tmp_path_factory.mktemp("sdist")
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "tests", "bench", "__pycache__", "*.so")
+    shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    backend = "from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    run([sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {backend}", folder], folder / "tree")
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def plant_nvcc(folder):
+    """An nvcc that only fails."""
+    fake = folder / "nvcc"
+    fake.write_text("#!/bin/sh\necho 'nvcc: error: planted' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    return str(fake)
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist, tmp_path_factory):
+    """With a broken nvcc and FASTLORA_CUDA=auto: the host code is built, and the record says why there is no more."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", sdist, "-w", folder]
+    command += ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    run(command, folder, FASTLORA_BUILD_EXT="on", CUDACXX=plant_nvcc(folder))
+    (archive,) = folder.glob("*.whl")
+    return archive
+
+
+@pytest.fixture(scope="session")
+def names(wheel):
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def read(wheel, name):
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(next(entry for entry in archive.namelist() if entry.endswith(name))).decode()
+
+
+@needs_tools
+def test_sdist_holds_what_the_build_needs(sdist):
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
+    kernels = {path.relative_to(ROOT).as_posix() for path in (ROOT / "triton_kernels").glob("*.py")}
+    assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "fastlora/py.typed"} | sources | kernels <= held
+    assert not [name for name in held if name.endswith((".so", "_build_info.json"))]
+
+
+@needs_tools
+def test_wheel_holds_every_source_and_nothing_else(names):
+    sources = python_sources("fastlora", ROOT / "fastlora") | python_sources(
+        "fastlora/triton_kernels", ROOT / "triton_kernels"
+    )
+    demo = ROOT / "fastlora" / "continual" / "demo"
+    data = {
+        f"fastlora/continual/demo/{path.name}"
+        for kind in ("safetensors", "json", "csv")
+        for path in demo.glob(f"*.{kind}")
+    }
+    built = {"fastlora/py.typed", "fastlora/_build_info.json", f"fastlora/_C{SUFFIX}"}
+    assert {name for name in names if ".dist-info/" not in name} == sources | data | built
+
+
+@needs_tools
+def test_wheel_metadata(wheel, names):
+    assert read(wheel, "top_level.txt").split() == ["fastlora"]
+    assert "fastlora = fastlora.cli:main" in read(wheel, "entry_points.txt")
+    about = Parser().parsestr(read(wheel, "/METADATA"))
+    assert (about["Name"], about["Version"]) == ("fastlora", fastlora.__version__)
+    assert (about["License-Expression"], about["Requires-Python"]) == ("Apache-2.0", ">=3.10")
+    required = about.get_all("Requires-Dist")
+    core = {entry.partition(";")[0].strip() for entry in required if "extra" not in entry}
+    assert core == {"torch>=2.11", "triton>=3.6", "numpy", "safetensors"}
+    assert [entry for entry in required if entry.startswith("triton")] == ['triton>=3.6; platform_system == "Linux"']
+    assert (
+        wheel.name.endswith(f"-cp{sys.version_info[0]}{sys.version_info[1]}-linux_x86_64.whl")
+        or "linux" not in sys.platform
+    )
+
+
+@needs_tools
+def test_wheel_records_what_was_built(wheel):
+    record = json.loads(read(wheel, "_build_info.json"))
+    assert record["extension"] is True and "CMake" in record["extension_reason"]
+    assert (record["cuda"], record["cuda_archs"]) == (False, "")
+    assert "did not work" in record["cuda_reason"] and "nvcc: error: planted" in record["cuda_reason"]
+    assert record["version"] == fastlora.__version__
+
+
+@needs_tools
+def test_installed_wheel_imports_away_from_the_source(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).stdout.strip())
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    run(pip, tmp_path, PIP_DISABLE_PIP_VERSION_CHECK="1")
+    # torch and the rest are borrowed; a .pth adds the folder behind, and the editable installation there stays inert
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    found = json.loads(run([python, "-c", PROBE], tmp_path).stdout)
+    for what in ("fastlora", "triton_kernels", "extension"):
+        assert Path(found[what]).is_relative_to(site), f"{what} comes from {found[what]}"
+    assert found["info"]["extension"] is True and found["info"]["cuda"] is False
+    assert found["info"]["compiler"] and not found["bare"]
+
+
+def test_this_installation_imports_away_from_the_source(tmp_path):
+    """Development happens with `pip install -e .`: the modules are those of the tree, triton_kernels among them."""
+    editable = json.loads(metadata.distribution("fastlora").read_text("direct_url.json") or "{}")
+    if not editable.get("dir_info", {}).get("editable"):
+        pytest.skip("fastlora is not installed with `pip install -e .` here")
+    found = json.loads(run([sys.executable, "-c", PROBE], tmp_path).stdout)
+    assert Path(found["fastlora"]) == ROOT / "fastlora" / "__init__.py"
+    assert Path(found["triton_kernels"]) == ROOT / "triton_kernels" / "__init__.py"
+    if found["info"]["extension"]:
+        assert Path(found["extension"]) == ROOT / "fastlora" / f"_C{SUFFIX}"
+    else:
+        assert found["info"]["extension_reason"]
+    assert not found["bare"]
+
+
+def test_every_folder_with_python_files_is_a_listed_package():
+    """Packages are listed by hand in setup.py; a forgotten one would be missing from the wheel alone."""
+    script = "import setuptools, sys; setuptools.setup = lambda **given: print(*given['packages']); "
+    script += "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})"
+    listed = set(run([sys.executable, "-c", script], ROOT).stdout.split())
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "fastlora").rglob("*.py")}
+    assert listed == folders | {"fastlora.triton_kernels"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib, Python 3.11")
+def test_tests_have_the_tools_that_the_build_requires():
+    """The tests above build without isolation, so the dev extra must bring what isolation would."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(project["build-system"]["requires"]) <= set(project["project"]["optional-dependencies"]["dev"])
+    assert not [name for name in project["build-system"]["requires"] if name.startswith("torch")]
+
+
+# ---- what a build says when it cannot be as wanted
+
+
+@pytest.fixture
+def build_folder(tmp_path):
+    ignored = shutil.ignore_patterns(
+        ".*", "build", "dist", "runs", "tests", "bench", "__pycache__", "*.so", "_build_info.json"
+    )
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
+    return tmp_path / "tree"
+
+
+def build_ext(folder, **environment):
+    """setup.py build_ext in this folder; the finished process and the record, where one was written."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("FASTLORA_", "PYTHON"))}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
+    done = subprocess.run(
+        command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True, check=False
+    )
+    record = folder / "out" / "fastlora" / "_build_info.json"
+    return done, json.loads(record.read_text()) if record.exists() else None
+
+
+@needs_tools
+def test_failed_build_is_told_and_passes_unless_asked_for(build_folder):
+    (build_folder / "CMakeLists.txt").write_text('message(FATAL_ERROR "planted")\n')
+    done, record = build_ext(build_folder, FASTLORA_CUDA="off")
+    assert done.returncode == 0 and "WITHOUT its extension" in done.stderr
+    assert record["extension"] is False and "planted" in record["extension_reason"]
+    done, _ = build_ext(build_folder, FASTLORA_CUDA="off", FASTLORA_BUILD_EXT="on")
+    assert done.returncode != 0 and "planted" in done.stderr
+
+
+@needs_tools
+def test_cuda_asked_for_by_name_is_built_or_an_error(build_folder):
+    done, record = build_ext(build_folder, CUDACXX=plant_nvcc(build_folder), FASTLORA_CUDA="on")
+    assert done.returncode != 0 and "nvcc: error: planted" in done.stderr and record is None
+
+
+def test_build_without_the_extension_packs_no_older_one(build_folder):
+    older = build_folder / "out" / "fastlora" / f"_C{SUFFIX}"
+    older.parent.mkdir(parents=True)
+    older.write_bytes(b"an earlier build")
+    done, record = build_ext(build_folder, FASTLORA_BUILD_EXT="off")
+    assert done.returncode == 0 and not older.exists()
+    assert (record["extension"], record["extension_reason"]) == (False, "FASTLORA_BUILD_EXT=off")
+
+
+def test_unknown_switch_is_refused(build_folder):
+    done, _ = build_ext(build_folder, FASTLORA_CUDA="yes")
+    assert done.returncode != 0 and "FASTLORA_CUDA is 'yes'; it must be auto, on or off" in done.stderr
+
+
+# ---- CUDA code
+
+
+def cuobjdump():
+    """From PATH, or the copy that Triton carries."""
+    spec = find_spec("triton")
+    carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec else None
+    return shutil.which("cuobjdump") or (str(carried) if carried and carried.exists() else None)
+
+
+def test_extension_holds_code_for_every_promised_architecture():
+    info = build_info()
+    if not info["cuda"]:
+        pytest.skip(f"built without CUDA: {info['cuda_reason']}")
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump on PATH or in Triton")
+    import fastlora._C
+
+    listed = run([cuobjdump(), "--list-elf", fastlora._C.__file__], ROOT).stdout
+    for arch in info["cuda_archs"].replace(",", ";").split(";"):
+        assert f"sm_{arch.removesuffix('-real')}." in listed
+    if "120" in info["cuda_archs"].replace(",", ";").split(";"):
+        assert "sm_120" in run([cuobjdump(), "--list-ptx", fastlora._C.__file__], ROOT).stdout
