@@ -1,0 +1,138 @@
+"""Ahead-of-time compiles: a small part of them for real, in a process without the interpreter, and the gate's logic."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fastlora.triton_kernels import aot, common
+
+GOOD = aot.Record(
+    target="sm_90", label="gemm y large", dtype="fp16", rank=16, odd="", tile="128x256x64", num_warps=8, num_stages=3,
+    registers=187, shared=147_456, mmas=5, async_copies=36,
+)  # fmt: skip
+
+
+def run(*arguments):
+    """Run Python without the interpreter that the tests otherwise use."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def rows(table):
+    """Cells of the table's lines by column name; an odd argument's column is never empty, so columns line up."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(header, cells)) for cells in body]
+
+
+def test_command_compiles_and_reads_resources():
+    command = ("-m", "fastlora.triton_kernels.aot", "--jobs", "1", "--markdown")
+    done = run(*command, "--targets", "sm_90", "--match", "(gemm y small|grad finish) fp16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = rows(done.stdout)
+    assert {record["kernel"] for record in records} == {"gemm y small", "grad finish"}
+    for record in records:
+        assert record["result"] == "ok" and record["spills"] == "0"
+        assert 16 <= int(record["regs"]) <= 255 and int(record["shared"]) > 0
+        is_gemm = record["kernel"].startswith("gemm")
+        assert (int(record["mma"]) > 0) == is_gemm and (int(record["async"]) > 0) == is_gemm
+    assert f"{len(records)} kernels compiled, 0 break a limit" in done.stdout
+
+
+# a launch with N = K = R = 1 makes constants of them and of every stride that is 1; nothing else compiles that
+SIZE_ONE = """
+from dataclasses import replace
+from fastlora.triton_kernels import aot
+seen = set()
+for case in aot.cases("sm_90"):
+    if case.compute == "fp16" and case.rank <= 64 and case.kernel not in seen:
+        seen.add(case.kernel)
+        ones = {p.name: 1 for p in case.kernel.params if p.name in "NKR" or p.name.startswith("stride_")}
+        one = replace(case, constexprs=case.constexprs | ones, odd=tuple(case.kernel.arg_names))
+        record = aot.measure("sm_90", one)
+        assert not record.error, (case.label, record.error)
+broken = aot.measure("sm_90", replace(case, constexprs={}))
+print(len(seen), aot.limits_broken(broken))
+"""
+
+
+def test_sizes_of_one_compile_and_what_does_not_compile_is_told():
+    done = run("-c", SIZE_ONE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("5 ['does not compile: ")
+
+
+def test_command_exits_1_when_a_limit_is_broken(monkeypatch, capsys):
+    monkeypatch.setattr(common, "is_interpreted", lambda: False)
+    monkeypatch.setattr(aot, "measure", lambda target, case: GOOD)
+    arguments = ["--targets", "sm_90", "--match", "grad finish bf16", "--jobs", "1"]
+    assert aot.main(arguments) == 0
+    assert "0 break a limit" in capsys.readouterr().out
+    monkeypatch.setattr(aot, "measure", lambda target, case: replace(GOOD, spills=8))
+    assert aot.main(arguments) == 1
+    assert "8 spills" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"mmas": 0}, "no tensor-core instruction"),
+        ({"mmas": 0, "traps": 1}, "1 trap instruction"),
+        ({"spills": 8}, "8 spills"),
+        ({"shared": 232_449}, "shared memory 232449 B > 232448 B"),
+        ({"target": "sm_80"}, None),
+        ({"target": "sm_80", "shared": 166_913}, "shared memory 166913 B > 166912 B"),
+        ({"tensor_memory": 1}, "tensor memory 1 columns > 0"),
+        ({"target": "sm_100", "tensor_memory": 512}, None),
+        ({"target": "sm_100", "tensor_memory": 528}, "tensor memory 528 columns > 512"),
+        ({"registers": 257}, "257 registers x 256 > 65536"),
+        ({"registers": 256}, None),
+        ({"target": "gfx942", "shared": 65_536, "registers": 256}, None),
+        ({"target": "gfx942", "shared": 65_536, "registers": 257}, "257 registers x 2 > 512"),
+        ({"target": "gfx942"}, "shared memory 147456 B > 65536 B"),
+        ({"mmas": 0, "dtype": "fp32"}, None),
+        ({"mmas": 0, "dtype": "tf32"}, "no tensor-core instruction"),
+        ({"mmas": 0, "label": "grad finish"}, None),
+        ({"mmas": 0, "label": "grad narrow"}, "no tensor-core instruction"),
+    ],
+)
+def test_gate(change, text):
+    assert aot.limits_broken(GOOD) == []
+    broken = aot.limits_broken(replace(GOOD, **change))
+    assert (broken == []) if text is None else any(text in line for line in broken)
+
+
+def test_a_broken_record_shows_in_the_table():
+    text = aot.table([GOOD, replace(GOOD, spills=8)])
+    assert text.splitlines()[1].endswith("ok") and text.splitlines()[2].endswith("8 spills")
+    assert len(rows(aot.table([GOOD], markdown=True))) == 1
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_every_shipped_tile_is_compiled(target):
+    compiled = {(case.label.split()[0], case.compute, case.tile) for case in aot.cases(target)}
+    computes = [compute for compute in common.COMPUTE_TYPES if compute != "tf32" or target != "gfx942"]
+    for kernel in ("gemm", "project", "grad"):
+        for compute in computes:
+            for tile in common.tile_configs(kernel, compute, target).values():
+                assert (kernel, compute, tile) in compiled
+
+
+@pytest.mark.parametrize(
+    "arguments, interpreted, text",
+    [
+        ([], True, "TRITON_INTERPRET is set"),
+        (["--match", "nothing"], False, "--match 'nothing' matches no kernel; try --match gemm"),
+        (["--targets", "sm_70"], False, "invalid choice: 'sm_70'"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments, interpreted, text, monkeypatch, capsys):
+    monkeypatch.setattr(common, "is_interpreted", lambda: interpreted)
+    with pytest.raises(SystemExit) as exit:
+        aot.main(arguments)
+    assert exit.value.code == 2 and text in capsys.readouterr().err

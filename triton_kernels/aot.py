@@ -1,0 +1,246 @@
+"""Ahead-of-time compile of every shipped tile config for every target, with its resource report.
+
+    python -m fastlora.triton_kernels.aot [--targets sm_90 gfx942] [--match "gemm y"] [--markdown] [--jobs 2]
+
+Needs no GPU. Prints registers, shared memory, tensor-core instructions and spills as compiled, and exits 1 when a limit
+is broken: no tensor-core instruction where there must be one, a trap, spilled registers, too much shared memory or
+tensor memory, more registers than a multiprocessor has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastlora.triton_kernels import common
+from fastlora.triton_kernels.common import CompileCase
+from fastlora.triton_kernels.rank_lora_fwd import compile_cases as fwd_cases
+from fastlora.triton_kernels.rank_lora_grad import compile_cases as grad_cases
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one block may use. `registers` counts 32-bit registers of a multiprocessor (NVIDIA) or a SIMD lane (AMD)."""
+
+    gpu: GPUTarget
+    shared: int
+    registers: int
+    tensor_memory: int = 0
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), shared=166_912, registers=65_536),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), shared=232_448, registers=65_536),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), shared=232_448, registers=65_536, tensor_memory=512),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), shared=65_536, registers=512),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Resources of one compiled kernel, as read from the binary. error: text of a compile that failed."""
+
+    target: str
+    label: str
+    dtype: str
+    rank: int
+    odd: str
+    tile: str
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    shared: int = 0
+    tensor_memory: int = 0
+    mmas: int = 0
+    async_copies: int = 0
+    spills: int = 0
+    traps: int = 0
+    error: str = ""
+
+
+def cases(target: str) -> Iterator[CompileCase]:
+    """Every compile of a target."""
+    for family_cases in (fwd_cases, grad_cases):
+        for compute in common.COMPUTE_TYPES:
+            if compute == "tf32" and not target.startswith("sm_"):
+                continue  # dot_precision never asks for it there
+            yield from family_cases(target, compute)
+
+
+def limits_broken(record: Record) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is."""
+    if record.error:
+        return [f"does not compile: {record.error}"]
+    target, broken = TARGETS[record.target], []
+    has_dot = not record.label.startswith(("grad finish", "grad gate"))
+    if has_dot and record.dtype != "fp32" and record.mmas == 0:
+        broken.append("no tensor-core instruction")
+    if record.traps:
+        broken.append(f"{record.traps} trap instruction(s)")
+    if record.spills:
+        broken.append(f"{record.spills} spills")
+    if record.shared > target.shared:
+        broken.append(f"shared memory {record.shared} B > {target.shared} B")
+    if record.tensor_memory > target.tensor_memory:
+        broken.append(f"tensor memory {record.tensor_memory} columns > {target.tensor_memory}")
+    # NVIDIA: all threads of a block share one register file; AMD: 4 SIMDs take the warps of a block in turn
+    used = -(-record.num_warps // 4) if target.gpu.backend == "hip" else record.num_warps * target.gpu.warp_size
+    if record.registers * used > target.registers:
+        broken.append(f"{record.registers} registers x {used} > {target.registers}")
+    return broken
+
+
+def measure(target: str, case: CompileCase) -> Record:
+    """Compile one case and read its resources."""
+    tile = case.tile
+    blocks = [
+        case.constexprs[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_B", "BLOCK_K") if n in case.constexprs
+    ]
+    known = dict(
+        target=target, label=case.label, dtype=case.compute, rank=case.rank, tile="x".join(map(str, blocks)),
+        odd="all" if "K" in case.odd else ",".join(case.odd[:1]), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    try:
+        compiled = triton.compile(
+            _source(case, TARGETS[target].gpu), target=TARGETS[target].gpu, options=dict(tile.launch)
+        )
+    except Exception as error:  # any failure of the compiler is a result to report, not the end of the report
+        return Record(**known, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    read = _read_amdgcn if "amdgcn" in compiled.asm else _read_cubin
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Record(**known, shared=compiled.metadata.shared, tensor_memory=tensor_memory, **read(compiled.asm))
+
+
+def _source(case: CompileCase, gpu: GPUTarget) -> ASTSource:
+    """Signature and run-time attributes as a launch gives them: multiples of 16, but for what is odd in this case."""
+    signature, attrs = {}, {}
+    # Triton tells AMD kernels which tensors are smaller than 2 GB
+    small = [["tt.pointer_range", 32]] if gpu.backend == "hip" else []
+    for index, param in enumerate(case.kernel.params):
+        if param.is_constexpr or param.name in case.constexprs:
+            signature[param.name] = "constexpr"
+            continue
+        signature[param.name] = case.pointers.get(param.name, "fp32" if param.name == "scaling" else "i32")
+        aligned = param.name not in case.odd and param.name != "scaling" and not param.do_not_specialize
+        facts = [["tt.divisibility", 16]] * aligned + small * (param.name in case.pointers)
+        if facts:
+            attrs[(index,)] = facts
+    return ASTSource(case.kernel, signature, case.constexprs, attrs)
+
+
+def _read_cubin(asm) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(asm["cubin"])
+        usage, sass = (_cuobjdump(flag, path) for flag in ("-res-usage", "-sass"))
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
+    return {
+        "registers": int(found["REG"]),
+        "mmas": count(r"\b(?:HGMMA|HMMA|QGMMA|UTC\w*MMA)\b"),
+        "async_copies": count(r"\b(?:LDGSTS|UTMALDG)\b"),
+        "spills": count(r"\b(?:STL|LDL)\b") + int(found["STACK"]) + int(found["LOCAL"]),
+        # in the PTX: sm_100 binaries end in trap subroutines of the tensor-memory allocation that nothing is wrong with
+        "traps": len(re.findall(r"\btrap;", asm["ptx"])),
+    }
+
+
+def _read_amdgcn(asm) -> dict[str, int]:
+    text = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+
+    return {
+        "registers": field("vgpr_count"),  # on this target it includes the accumulation registers
+        "mmas": len(re.findall(r"\bv_mfma_", text)),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "traps": len(re.findall(r"\bs_trap\b", text)),
+    }
+
+
+def _cuobjdump(flag: str, path: Path) -> str:
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout
+
+
+def _measure_index(target: str, index: int) -> Record:
+    """For a worker process: a case holds jit functions, which do not travel, so its place in the list does."""
+    return measure(target, list(cases(target))[index])
+
+
+def table(records: Sequence[Record], markdown: bool = False) -> str:
+    """The resource table, one line a compiled kernel."""
+    header = "target kernel dtype rank odd tile warps stages regs shared tmem mma async spills result".split()
+    rows = []
+    for r in records:
+        row = [
+            r.target,
+            r.label,
+            r.dtype,
+            r.rank,
+            r.odd or "-",
+            r.tile,
+            r.num_warps,
+            r.num_stages,
+            r.registers,
+            r.shared,
+        ]
+        rows.append(row + [r.tensor_memory, r.mmas, r.async_copies, r.spills, "; ".join(limits_broken(r)) or "ok"])
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    if markdown:
+        cells.insert(1, ["---"] * len(header))
+        return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastlora.triton_kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--match", default="", help="only kernels whose 'name dtype' matches this regular expression")
+    parser.add_argument("--markdown", action="store_true", help="print a markdown table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: all cores)")
+    options = parser.parse_args(arguments)
+    if common.is_interpreted():
+        parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
+
+    work = [
+        (target, index)
+        for target in options.targets
+        for index, case in enumerate(cases(target))
+        if re.search(options.match, f"{case.label} {case.compute}")
+    ]
+    if not work:
+        parser.error(f"--match {options.match!r} matches no kernel; try --match gemm")
+    if options.jobs == 1:
+        records = [_measure_index(*item) for item in work]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            records = list(pool.map(_measure_index, *zip(*work)))
+    broken = sum(bool(limits_broken(record)) for record in records)
+    print(table(records, options.markdown))
+    print(f"\nTriton {triton.__version__}: {len(records)} kernels compiled, {broken} break a limit")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
