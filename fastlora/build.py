@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import platform
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,13 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("fastlora._C"), ""
     except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "fastlora._C"
-        return None, _read_record()["extension_reason"] if missing else f"fastlora._C cannot be loaded: {error}"
+        if not isinstance(error, ModuleNotFoundError) or error.name != "fastlora._C":
+            return None, f"fastlora._C cannot be loaded: {error}"
+        record = _read_record()
+        if record.get("extension"):
+            here = platform.python_version()
+            return None, f"it was built for Python {record['python']}, and this is {here}; install fastlora again here"
+        return None, record["extension_reason"]
 
 
 def _read_record() -> dict[str, Any]:
