@@ -1,0 +1,50 @@
+# make test   create the environment, install, run the whole test suite
+# make demo   create the environment, install, train CoDyRA and plain LoRA on the embedded benchmark, compare them
+# make bench  the CPU benchmarks       make lint  ruff       make clean  remove what make made
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs/demo
+BIN := $(VENV)/bin
+
+# one thread a process and processes in parallel: small products gain nothing from a second thread
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: install test demo bench results lint clean
+
+install: $(VENV)/installed
+
+# also after csrc/ or the build files changed, since the extension is built at install time
+$(VENV)/installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.10 or newer is needed. Say make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/fastlora doctor
+	@touch $@
+
+test: install
+	$(BIN)/pytest -n 2 --dist loadfile
+
+demo: install
+	rm -rf $(RUNS) && mkdir -p $(RUNS)
+	@echo "LoRA r = 16 trains beside CoDyRA; its log is $(RUNS)/lora.log"
+	@$(BIN)/fastlora train --method lora --method.rank 16 --out $(RUNS)/lora > $(RUNS)/lora.log 2>&1 & lora=$$!; \
+	$(BIN)/fastlora train --method codyra --out $(RUNS)/codyra || { kill $$lora; exit 1; }; \
+	wait $$lora || { cat $(RUNS)/lora.log >&2; exit 1; }
+	$(BIN)/fastlora compare $(RUNS)/codyra $(RUNS)/lora --out $(RUNS)/comparison.png
+
+bench: install
+	$(BIN)/pytest bench --benchmark-columns=min,median,stddev,rounds
+
+results: install
+	$(BIN)/python bench/demo_table.py --out bench/results/demo.json
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs fastlora/_C*.so fastlora/_build_info.json

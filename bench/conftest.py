@@ -1,0 +1,91 @@
+"""What all benchmarks share: --small, the facts written beside every figure, interleaved ratios, and the goals' table."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+_GOALS: list[tuple[str, float, float | None]] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--small", action="store_true", help="run every benchmark on tiny shapes, to see that it runs")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def facts() -> dict[str, str]:
+    """Device, versions and commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "device": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@pytest.fixture
+def small(request) -> bool:
+    return request.config.getoption("--small")
+
+
+@pytest.fixture
+def ratio(small) -> Callable[[Callable[[], object], Callable[[], object]], float]:
+    """ratio(ours, rival): process time of ours over rival's, in turn; the median over blocks of the ratio of minima."""
+
+    def measure(ours: Callable[[], object], rival: Callable[[], object]) -> float:
+        blocks, rounds = (1, 2) if small else (7, 8)
+        return median(_block(ours, rival, rounds) for _ in range(blocks))
+
+    return measure
+
+
+def _block(ours: Callable[[], object], rival: Callable[[], object], rounds: int) -> float:
+    best = {ours: float("inf"), rival: float("inf")}
+    for _ in range(rounds):
+        for call in (ours, rival):
+            start = time.process_time()
+            call()
+            best[call] = min(best[call], time.process_time() - start)
+    return best[ours] / best[rival]
+
+
+@pytest.fixture
+def goal(small) -> Callable[..., None]:
+    """goal(name, measured, target=None): a line of the table at the end. Nothing fails: a figure is a result."""
+
+    def note(name: str, measured: float, target: float | None = None) -> None:
+        if not small:
+            _GOALS.append((name, measured, target))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _GOALS:
+        return
+    terminalreporter.section("goals")
+    for name, measured, target in _GOALS:
+        verdict = ""
+        if target is not None:
+            verdict = f"   target <= {target:<6g} {'reached' if measured <= target else 'missed'}"
+        terminalreporter.write_line(f"{name:<58} measured {measured:7.4f}{verdict}")
