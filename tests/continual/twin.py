@@ -35,6 +35,7 @@ class TwinAttention(nn.Module):
     def __init__(self, plain, rank, generator):
         super().__init__()
         self.heads = plain.num_heads
+        self.returns_weights = isinstance(plain, nn.MultiheadAttention)  # open_clip 4 has an attention of its own
         weights, biases = plain.in_proj_weight.detach().chunk(3), plain.in_proj_bias.detach().chunk(3)
         self.q, self.k, self.v = (TwinLinear(w, b, rank, generator) for w, b in zip(weights, biases))
         self.out = TwinLinear(plain.out_proj.weight.detach(), plain.out_proj.bias.detach(), rank, generator)
@@ -49,7 +50,8 @@ class TwinAttention(nn.Module):
         if attn_mask is not None:
             scores = scores + attn_mask
         mixed = scores.softmax(dim=-1) @ v
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width)), None
+        out = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return (out, None) if self.returns_weights else out
 
 
 def blocks_of(model):

@@ -8,7 +8,14 @@ import pytest
 import torch
 from helpers import make_operands, reference_in
 
-from fastlora.triton_kernels import TileConfig, is_interpreted, rank_lora_grad, rank_project
+from fastlora.triton_kernels import (
+    TileConfig,
+    is_interpreted,
+    rank_lora_dx,
+    rank_lora_fwd,
+    rank_lora_grad,
+    rank_project,
+)
 from fastlora.triton_kernels.rank_lora_grad import num_row_splits
 
 if not is_interpreted():
@@ -57,6 +64,18 @@ def test_many_tiles_and_row_ranges(dtype, assert_exact):
 def test_largest_rank(assert_exact):
     op = make_operands((5,), 33, 20, 256)
     assert_exact(op, torch.randn(5, 20))
+
+
+def test_many_blocks_of_the_gate_gradient(assert_exact):
+    op = make_operands((3,), 24, 600, 2)
+    assert_exact(op, torch.randn(3, 600))
+
+
+def test_row_ranges_of_several_tiles(assert_exact):
+    """38 tiles of 16 rows in 32 ranges: 19 ranges of two tiles, and 13 that are empty but added all the same."""
+    op, tile = make_operands((600,), 9, 7, 2), TileConfig(16, 32, 0, 1, 1)
+    assert num_row_splits(m=600, blocks=2, block_m=16) == 32
+    assert_exact(op, torch.randn(600, 7), tile=tile)
 
 
 @pytest.mark.parametrize("need_a, need_b, need_gate", list(itertools.product((False, True), repeat=3)))
@@ -148,6 +167,20 @@ def test_a_planted_error_of_one_percent_fails(dtype, name, check):
     results[name] *= 1.01
     with pytest.raises(AssertionError, match=f"^{name}: error"):
         check(results, torch_error, truth)
+
+
+def test_nothing_is_read_on_the_host(monkeypatch):
+    """kappa and gate stay on the device: on a GPU, each of these would wait for it."""
+    op, dy, kappa = make_operands((17,), 24, 20, 3), torch.randn(17, 20), torch.tensor(0.3)
+
+    def refuse(*_):
+        raise AssertionError("a tensor was read on the host")
+
+    for method in ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    rank_lora_fwd(*op.tensors(), kappa, 1.7)
+    rank_lora_dx(dy, op.weight, op.lora_a, op.lora_b, op.gate, kappa, 1.7)
+    rank_lora_grad(op.x, None, dy, None, op.lora_a, op.lora_b, op.gate, kappa, 1.7)
 
 
 def test_two_runs_are_bit_equal():
