@@ -370,7 +370,7 @@ def test_doctor(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     for word in (
-        f"fastlora    {fastlora.__version__}",
+        f"fastlora        {fastlora.__version__}",
         "python ",
         "torch ",
         "triton ",
