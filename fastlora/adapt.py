@@ -195,7 +195,15 @@ def _nothing_found(model: nn.Module, patterns: list[str] | None) -> str:
 
 
 def _check_selection(model: nn.Module, selected: dict[str, nn.Module], parts: tuple[str, ...]) -> None:
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
     for name, module in selected.items():
+        if len(places[id(module)]) > 1:
+            raise ValueError(
+                f"{' and '.join(places[id(module)])} are one module in several places; an adapter would be put in one of "
+                "them alone. Leave it out with where=..., or give each place a module of its own."
+            )
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, RankAdapter) or isinstance(parent, _PackedAttention):
             raise ValueError(f"{name} is adapted already; call fastlora.remove(model) first, or leave it out.")

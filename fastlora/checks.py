@@ -68,21 +68,23 @@ def check_finite_gate(gate: Tensor, name: str = "gate") -> None:
         )
 
 
+def check_tensors(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor.")
+
+
 def check_rank_lora(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor
 ) -> None:
     """Check shapes, dtypes and devices of a call of `rank_lora_linear`.
 
     Raises:
-        TypeError: an operand is no tensor, or a dtype does not fit.
-        ValueError: a shape or a device does not fit.
+        TypeError: a dtype does not fit. ValueError: a shape or a device does not fit.
     """
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "gate": gate}
     if bias is not None:
         tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor.")
     _check_shapes(x, weight, bias, lora_a, lora_b, gate)
     _check_dtypes(tensors)
     for name, tensor in tensors.items():

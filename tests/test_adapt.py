@@ -214,6 +214,14 @@ def test_bad_injections_are_refused_and_leave_the_model_alone(options, error, me
     assert [p.requires_grad for p in model.parameters()] == trainable
 
 
+def test_a_module_in_two_places_is_refused():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    with pytest.raises(ValueError, match="0 and 2 are one module in several places"):
+        fastlora.inject(model, rank=2, where=["*"])
+    assert model[0] is model[2] is shared and shared.weight.requires_grad
+
+
 def test_injecting_twice_is_refused():
     model = tiny_clip()
     fastlora.inject(model, rank=2)

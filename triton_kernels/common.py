@@ -18,6 +18,8 @@ import triton.language as tl
 UNTUNED = "untuned: no GPU measured yet"
 SMALL = "interpreter: small, so that tests cross tile edges"
 MAX_RANK = 256
+# offsets along one dimension are 32 bits and run up to a tile past its end; products with strides are 64 bits
+MAX_SIDE = 2**31 - 1024
 INTERPRETER = "interpreter"
 COMPUTE_TYPES = ("fp16", "bf16", "fp32", "tf32")
 
@@ -201,11 +203,11 @@ _HALF = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM90, "gfx942": _GFX942}
 # a dot of float32 is plain FMAs: short steps keep its operands in registers
 _FP32 = {
     "gemm": {"large": TileConfig(64, 64, 16, 4, 3), "small": TileConfig(32, 32, 16, 4, 3)},
-    "project": {"narrow": TileConfig(32, 0, 16, 4, 3), "wide": TileConfig(16, 0, 16, 8, 3)},
+    "project": {"narrow": TileConfig(32, 0, 16, 4, 3), "wide": TileConfig(32, 0, 16, 8, 3)},
     "grad": {"narrow": TileConfig(16, 32, 0, 4, 3), "wide": TileConfig(16, 16, 0, 8, 3)},
 }
 _TF32 = {
-    "gemm": {"large": TileConfig(128, 128, 32, 8, 3), "small": TileConfig(64, 64, 32, 4, 3)},
+    "gemm": {"large": TileConfig(128, 128, 32, 8, 3), "small": TileConfig(64, 64, 32, 8, 3)},
     "project": {"narrow": TileConfig(64, 0, 32, 4, 3), "wide": TileConfig(64, 0, 16, 8, 3)},
     "grad": {"narrow": TileConfig(32, 64, 0, 4, 3), "wide": TileConfig(16, 64, 0, 8, 3)},
 }

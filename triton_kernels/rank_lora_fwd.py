@@ -7,8 +7,8 @@
 dx is the forward with weight, lora_a and lora_b read through other strides, so one kernel family serves both.
 
 Fused: bias, soft threshold, scaling and the rank-R product, which the GEMM adds to its accumulator as one more dot.
-Launches: 2 (s, then y). Bytes of x and y beyond a plain GEMM: x once more (M*K), s written and read (2*M*R per column
-of tiles); nothing of size [M, N] is read or written twice.
+Launches: 2 (s, then y). Elements moved beyond a plain GEMM: x once more (M*K), s written (M*R) and read once per
+column of tiles; nothing of size [M, N] is read or written twice.
 
 Numerics: every sum is float32. s is rounded once to the dtype of x and used as rounded, so that forward and backward
 see one s. s * T(gate) * scaling is float32, rounded once to the dtype of x for the dot. y is rounded once.
@@ -137,7 +137,8 @@ def rank_project(x: torch.Tensor, down: torch.Tensor, tile: TileConfig | None = 
         s: [M, R] contiguous, dtype of x. Accumulated in float32, rounded once.
     """
     (m, k), r = x.shape, down.shape[0]
-    assert down.shape == (r, k) and down.dtype == x.dtype and r <= common.MAX_RANK and max(m, k) < 2**31
+    assert down.shape == (r, k) and down.dtype == x.dtype
+    assert r <= common.MAX_RANK and max(m, k) <= common.MAX_SIDE
     s = torch.empty((m, r), dtype=x.dtype, device=x.device)
     if s.numel() == 0:
         return s
@@ -204,7 +205,7 @@ def _gated_gemm(x, weight, bias, s, up, gate, kappa, scaling, tile):
     """x @ weight.T + bias + scaling * (s * T_kappa(gate)) @ up.T; weight: [N, K], up: [N, R]."""
     (m, k), n, r = x.shape, weight.shape[0], s.shape[1]
     assert weight.shape == (n, k) and s.shape == (m, r) and up.shape == (n, r) and gate.shape == (r,)
-    assert weight.dtype == up.dtype == s.dtype == x.dtype and kappa.dim() == 0 and max(m, n, k) < 2**31
+    assert weight.dtype == up.dtype == s.dtype == x.dtype and kappa.dim() == 0 and max(m, n, k) <= common.MAX_SIDE
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y

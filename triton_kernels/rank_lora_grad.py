@@ -11,7 +11,7 @@ with s = x @ lora_a.T and p = dy @ lora_b from the forward and dX kernels; y as 
 Launches: 3. (1) Sums over M in a fixed number of row ranges, each into its own partial buffer; x and dy are read once.
 (2) Partial buffers are added in order, scaled and stored, and each block of lora_b is multiplied with its dB'.
 (3) Those products are added in order into dgate. What is not needed is neither computed nor read.
-Bytes: M*(K + 2R + N) read, splits*(K + N)*R*4 written and read again.
+Elements moved: M*(K + N) read, p and s once per column block, splits*(K + N)*R float32 written and read again.
 
 Numerics: float32 from the first product to the stored gradient, which is float32 whatever the dtype of x. No atomics;
 the number of row ranges depends on shapes and tile only, so two runs are bit-equal.
@@ -183,7 +183,7 @@ def rank_lora_grad(
     """
     (m, k), n, r = x.shape, dy.shape[1], gate.shape[0]
     assert dy.shape == (m, n) and lora_a.shape == (r, k) and lora_b.shape == (n, r) and r <= common.MAX_RANK
-    assert x.dtype == dy.dtype == lora_a.dtype == lora_b.dtype and kappa.dim() == 0
+    assert x.dtype == dy.dtype == lora_a.dtype == lora_b.dtype and kappa.dim() == 0 and max(m, n, k) <= common.MAX_SIDE
     allocate = torch.zeros if min(m, n, k) == 0 else torch.empty  # a sum over nothing is zero
     wanted = ((need_a, (r, k)), (need_b, (n, r)), (need_gate, (r,)))
     grads = [allocate(shape, dtype=torch.float32, device=x.device) if need else None for need, shape in wanted]

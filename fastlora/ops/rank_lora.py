@@ -177,13 +177,11 @@ def rank_lora_linear(
     if not torch.compiler.is_compiling():  # a traced float may be symbolic; it was checked when the layer took it
         checks.check_kappa(kappa)
         checks.check_scaling(scaling)
+    checks.check_tensors(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, gate=gate)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, weight, lora_a, lora_b = (
-            t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, lora_a, lora_b)
-        )
-        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+        x, weight, bias, lora_a, lora_b = (_autocast(t, dtype) for t in (x, weight, bias, lora_a, lora_b))
         with torch.autocast(device_type, enabled=False):
             return rank_lora_linear(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, backend=backend)
     checks.check_rank_lora(x, weight, bias, lora_a, lora_b, gate)
@@ -191,3 +189,10 @@ def rank_lora_linear(
     rows, gate = x.reshape(-1, x.shape[-1]), reference.expand_gate(gate, x)
     y, _ = _RankLoRALinear.apply(rows, weight, bias, lora_a, lora_b, gate, kappa, scaling, chosen)
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As torch.autocast does: float64 and what is not floating stay, and are refused by the checks."""
+    if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)

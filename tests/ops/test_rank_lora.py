@@ -173,6 +173,11 @@ def test_autocast_gives_its_dtype_and_float32_gradients(dtype):
     assert {g.dtype for g in gradients} == {torch.float32}
 
 
+def test_autocast_does_not_hide_integers():
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="x has dtype torch.int64"):
+        rank_lora_linear(*operands_with(x=torch.ones(4, 6, dtype=torch.int64)))
+
+
 def test_opcheck_of_the_raw_ops():
     operands = make_operands((5,), 8, 6, 3)
     dy, kappa = torch.randn(5, 6), torch.tensor(0.1)
