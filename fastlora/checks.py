@@ -68,9 +68,10 @@ def check_finite_gate(gate: Tensor, name: str = "gate") -> None:
         )
 
 
-def check_tensors(**tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+def check_tensors(**operands: Any) -> None:
+    """Each operand is a tensor; `bias` may be None."""
+    for name, tensor in operands.items():
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
             raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor.")
 
 

@@ -177,7 +177,7 @@ def rank_lora_linear(
     if not torch.compiler.is_compiling():  # a traced float may be symbolic; it was checked when the layer took it
         checks.check_kappa(kappa)
         checks.check_scaling(scaling)
-    checks.check_tensors(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, gate=gate)
+    checks.check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, gate=gate)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

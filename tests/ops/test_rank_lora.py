@@ -210,6 +210,7 @@ def operands_with(**changes):
         ({"x": torch.randn(4, 6).half()}, TypeError, "weight has dtype torch.float32 and x has torch.float16"),
         ({"lora_a": torch.randn(2, 6).half()}, TypeError, "lora_a has dtype torch.float16; it must be torch.float32"),
         ({"gate": [1.0, 2.0]}, TypeError, "gate is a list; it must be a torch.Tensor"),
+        ({"bias": [1.0] * 5}, TypeError, "bias is a list; it must be a torch.Tensor"),
         ({"gate": torch.randn(2, device="meta")}, ValueError, "gate is on meta and x is on cpu"),
     ],
 )
