@@ -4,9 +4,10 @@ Imports torch and triton only. Under `TRITON_INTERPRET=1`, set before Triton is 
 tensors (`is_interpreted()`).
 """
 
-from fastlora.triton_kernels.common import MAX_RANK, TileConfig, is_interpreted
+from fastlora.triton_kernels.common import MAX_RANK, is_interpreted
 from fastlora.triton_kernels.rank_lora_fwd import rank_lora_dx, rank_lora_fwd, rank_project
 from fastlora.triton_kernels.rank_lora_grad import rank_lora_grad
+from fastlora.triton_kernels.tiles import TileConfig
 
 __all__ = [
     "MAX_RANK",

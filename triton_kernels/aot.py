@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlora.triton_kernels import common
-from fastlora.triton_kernels.common import CompileCase
+from fastlora.triton_kernels.aot_cases import CompileCase
 from fastlora.triton_kernels.rank_lora_fwd import compile_cases as fwd_cases
 from fastlora.triton_kernels.rank_lora_grad import compile_cases as grad_cases
 

@@ -24,10 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.triton_kernels import common
+from fastlora.triton_kernels import aot_cases, common, tiles
+from fastlora.triton_kernels.aot_cases import CompileCase
 from fastlora.triton_kernels.common import (
-    CompileCase,
-    TileConfig,
     advance,
     dot,
     grouped_program,
@@ -35,6 +34,7 @@ from fastlora.triton_kernels.common import (
     soft_threshold,
     tile_ptrs,
 )
+from fastlora.triton_kernels.tiles import TileConfig
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -142,13 +142,13 @@ def rank_project(x: torch.Tensor, down: torch.Tensor, tile: TileConfig | None = 
     s = torch.empty((m, r), dtype=x.dtype, device=x.device)
     if s.numel() == 0:
         return s
-    tile = tile or common.pick_rank_tile("project", r, x)
+    tile = tile or tiles.pick_rank_tile("project", r, x)
     with common.on_device(x):
         rank_project_kernel[(triton.cdiv(m, tile.block_m),)](
             x_ptr=x, down_ptr=down, s_ptr=s, M=m, K=k, R=r,
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_dr=down.stride(0), stride_dk=down.stride(1),
             EVEN_K=k % tile.block_k == 0, PRECISION=common.dot_precision(common.compute_type(x)),
-            BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=common.rank_block(r), **tile.launch,
+            BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tiles.rank_block(r), **tile.launch,
         )  # fmt: skip
     return s
 
@@ -170,7 +170,7 @@ def rank_lora_fwd(
         x: [M, K], float32 / float16 / bfloat16, any strides.
         weight: [N, K]; bias: [N] or None; lora_a: [R, K]; lora_b: [N, R]; all in the dtype of x, any strides, R <= 256.
         gate: [R], float32. kappa: 0-d float32 on the device of x; read there, never on the host.
-        tile: tile of the GEMM; by default `common.pick_gemm_tile` chooses.
+        tile: tile of the GEMM; by default `tiles.pick_gemm_tile` chooses.
     Returns:
         y: [M, N] and s = x @ lora_a.T: [M, R]; contiguous, dtype of x.
     Numerics:
@@ -209,7 +209,7 @@ def _gated_gemm(x, weight, bias, s, up, gate, kappa, scaling, tile):
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    tile = tile or common.pick_gemm_tile(x, weight)
+    tile = tile or tiles.pick_gemm_tile(x, weight)
     with common.on_device(x):
         rank_lora_fwd_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
             x_ptr=x, weight_ptr=weight, bias_ptr=x if bias is None else bias.contiguous(), s_ptr=s, up_ptr=up,
@@ -219,7 +219,7 @@ def _gated_gemm(x, weight, bias, s, up, gate, kappa, scaling, tile):
             HAS_BIAS=bias is not None, EVEN_K=k % tile.block_k == 0,
             PRECISION=common.dot_precision(common.compute_type(x)),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            BLOCK_R=common.rank_step(r, s, up), GROUP_M=tile.group_m, **tile.launch,
+            BLOCK_R=tiles.rank_step(r, s, up), GROUP_M=tile.group_m, **tile.launch,
         )  # fmt: skip
     return y
 
@@ -228,19 +228,19 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
     """Every shipped config of the two kernels in both roles, operands contiguous as forward and dX read them."""
     element, dot_type = common.element_type(compute), {"PRECISION": common.dot_precision(compute), "stride_xk": 1}
     kernel, pointers = rank_project_kernel, dict.fromkeys(("x_ptr", "down_ptr", "s_ptr"), f"*{element}")
-    for size, tile in common.tile_configs("project", compute, arch).items():
+    for size, tile in tiles.tile_configs("project", compute, arch).items():
         blocks = dot_type | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
         roles = (("s", "stride_dk"), ("p", "stride_dr"))
-        for (r, odd), (role, unit) in itertools.product(common.rank_cases(size, kernel), roles):
+        for (r, odd), (role, unit) in itertools.product(aot_cases.rank_cases(size, kernel), roles):
             constexprs = blocks | {"BLOCK_R": r, "EVEN_K": not odd, unit: 1}
             yield CompileCase(kernel, f"project {role} {size}", compute, r, pointers, constexprs, tile, odd)
 
     operands = ("x_ptr", "weight_ptr", "bias_ptr", "s_ptr", "up_ptr", "y_ptr")
     kernel, pointers = rank_lora_fwd_kernel, dict.fromkeys(operands, f"*{element}")
     pointers |= {"gate_ptr": "*fp32", "kappa_ptr": "*fp32"}
-    for size, tile in common.tile_configs("gemm", compute, arch).items():
+    for size, tile in tiles.tile_configs("gemm", compute, arch).items():
         blocks = dot_type | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-        aligned = ((16, ()), (16, common.ODD_RANK)) + (((64, ()),) if element != "fp32" else ())
+        aligned = ((16, ()), (16, aot_cases.ODD_RANK)) + (((64, ()),) if element != "fp32" else ())
         steps = ((16, tuple(kernel.arg_names)),) if size == "ragged" else aligned
         roles = (("y", {"stride_wk": 1, "stride_ur": 1}), ("dx", {"stride_wn": 1, "stride_un": 1}))
         for (r, odd), (role, units) in itertools.product(steps, roles):

@@ -25,9 +25,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.triton_kernels import common
-from fastlora.triton_kernels.common import CompileCase, TileConfig, advance, dot, is_dead, soft_threshold, tile_ptrs
+from fastlora.triton_kernels import aot_cases, common, tiles
+from fastlora.triton_kernels.aot_cases import CompileCase
+from fastlora.triton_kernels.common import advance, dot, is_dead, soft_threshold, tile_ptrs
 from fastlora.triton_kernels.rank_lora_fwd import rank_project
+from fastlora.triton_kernels.tiles import TileConfig
 
 # programs of launch 1: fills every device, and bounds the partial buffers by 512 * block_n * R floats
 PROGRAMS = 512
@@ -200,8 +202,8 @@ def _launch_grad(x, s, dy, p, lora_a, lora_b, gate, kappa, scaling, tile, dlora_
         p = rank_project(dy, lora_b.t()) if p is None else p.contiguous()
     if use_b:
         s = rank_project(x, lora_a) if s is None else s.contiguous()
-    tile = tile or common.pick_rank_tile("grad", r, x, dy)
-    block_r = common.rank_block(r)
+    tile = tile or tiles.pick_rank_tile("grad", r, x, dy)
+    block_r = tiles.rank_block(r)
 
     def count(rows_a, rows_b, block):
         return (triton.cdiv(rows_a, block) if use_a else 0), (triton.cdiv(rows_b, block) if use_b else 0)
@@ -248,9 +250,9 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
     partials = {"partial_a_ptr": "*fp32", "partial_b_ptr": "*fp32"}
     kernel, operands = rank_grad_partial_kernel, ("x_ptr", "p_ptr", "dy_ptr", "s_ptr")
     pointers = dict.fromkeys(operands, f"*{element}") | partials
-    for size, tile in common.tile_configs("grad", compute, arch).items():
+    for size, tile in tiles.tile_configs("grad", compute, arch).items():
         blocks = {"PRECISION": precision, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n}
-        for r, odd in common.rank_cases(size, kernel):
+        for r, odd in aot_cases.rank_cases(size, kernel):
             constexprs = blocks | {"BLOCK_R": r, "UNIT_STRIDES": True, "stride_xk": 1, "stride_dn": 1}
             yield CompileCase(kernel, f"grad {size}", compute, r, pointers, constexprs, tile, odd)
 
@@ -259,7 +261,7 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
     flags = {"STORE_A": True, "STORE_B": True, "GATE_FROM_A": False, "GATE_FROM_B": True}
     finish = flags | {"BLOCK_C": FINISH_TILE.block_m, "stride_ak": 1, "stride_br": 1}
     kernels = ((rank_grad_finish_kernel, "grad finish", finish), (rank_grad_gate_kernel, "grad gate", GATE_BLOCK))
-    for r, odd in ((16, ()), (256, ()), (256, common.ODD_RANK)):
+    for r, odd in ((16, ()), (256, ()), (256, aot_cases.ODD_RANK)):
         for kernel, label, constexprs in kernels:
             constexprs = constexprs | {"BLOCK_R": r}
             yield CompileCase(kernel, label, compute, r, pointers, constexprs, FINISH_TILE, odd)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastlora.triton_kernels import aot, common
+from fastlora.triton_kernels import aot, common, tiles
 
 GOOD = aot.Record(
     target="sm_90", label="gemm y large", dtype="fp16", rank=16, odd="", tile="128x256x64", num_warps=8, num_stages=3,
@@ -119,7 +119,7 @@ def test_every_shipped_tile_is_compiled(target):
     computes = [compute for compute in common.COMPUTE_TYPES if compute != "tf32" or target != "gfx942"]
     for kernel in ("gemm", "project", "grad"):
         for compute in computes:
-            for tile in common.tile_configs(kernel, compute, target).values():
+            for tile in tiles.tile_configs(kernel, compute, target).values():
                 assert (kernel, compute, tile) in compiled
 
 

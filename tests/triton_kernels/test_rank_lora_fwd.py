@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from helpers import make_operands, reference_in, relative_error
 
-from fastlora.triton_kernels import common, is_interpreted, rank_lora_dx, rank_lora_fwd, rank_project
+from fastlora.triton_kernels import common, is_interpreted, rank_lora_dx, rank_lora_fwd, rank_project, tiles
 
 if not is_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -198,28 +198,28 @@ def test_tiles_come_from_one_table():
     for compute in common.COMPUTE_TYPES:
         for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
             for kernel in ("gemm", "project", "grad"):
-                for tile in common.tile_configs(kernel, compute, arch).values():
-                    assert tile.tuned_on == common.UNTUNED
+                for tile in tiles.tile_configs(kernel, compute, arch).values():
+                    assert tile.tuned_on == tiles.UNTUNED
                     assert tile.launch["enable_fp_fusion"] is True
 
 
 def test_tile_choice(monkeypatch):
-    monkeypatch.setattr(common, "architecture", lambda tensor: "sm_90")
-    tiles = common.tile_configs("gemm", "fp16", "sm_90")
+    monkeypatch.setattr(tiles, "architecture", lambda tensor: "sm_90")
+    gemm = tiles.tile_configs("gemm", "fp16", "sm_90")
 
     def pick(m, n, k, view=lambda t: t):
-        return common.pick_gemm_tile(view(torch.zeros(m, k).half()), torch.zeros(n, k).half())
+        return tiles.pick_gemm_tile(view(torch.zeros(m, k).half()), torch.zeros(n, k).half())
 
-    assert pick(12608, 768, 64) is tiles["large"]
-    assert pick(4096, 768, 64) is tiles["medium"]
-    assert pick(197, 768, 64) is tiles["small"]
-    assert pick(12608, 768, 70) is tiles["ragged"]
-    assert pick(12608, 770, 64) is tiles["ragged"]
-    assert pick(12608, 768, 64, lambda t: t.t().contiguous().t()) is tiles["ragged"]
-    assert pick(12608, 768, 64, lambda t: torch.zeros(12608, 65).half()[:, 1:]) is tiles["ragged"]
-    ranks = common.tile_configs("project", "fp16", "sm_90")
+    assert pick(12608, 768, 64) is gemm["large"]
+    assert pick(4096, 768, 64) is gemm["medium"]
+    assert pick(197, 768, 64) is gemm["small"]
+    assert pick(12608, 768, 70) is gemm["ragged"]
+    assert pick(12608, 770, 64) is gemm["ragged"]
+    assert pick(12608, 768, 64, lambda t: t.t().contiguous().t()) is gemm["ragged"]
+    assert pick(12608, 768, 64, lambda t: torch.zeros(12608, 65).half()[:, 1:]) is gemm["ragged"]
+    ranks = tiles.tile_configs("project", "fp16", "sm_90")
     x = torch.zeros(8, 64).half()
-    chosen = {r: common.pick_rank_tile("project", r, x) for r in (1, 64, 128, 100)}
+    chosen = {r: tiles.pick_rank_tile("project", r, x) for r in (1, 64, 128, 100)}
     assert chosen == {1: ranks["narrow"], 64: ranks["narrow"], 128: ranks["wide"], 100: ranks["ragged"]}
 
 

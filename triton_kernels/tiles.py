@@ -1,0 +1,129 @@
+"""Tile configs: one table, one factory (`tile_configs`), and the rule that picks from it. Nothing is autotuned in the hot path.
+
+No entry has been timed on a GPU yet: each was chosen so that it compiles without spills within the shared memory of its
+target, which `python -m fastlora.triton_kernels.aot` checks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from fastlora.triton_kernels.common import INTERPRETER, architecture, compute_type, is_aligned, rows_aligned
+
+UNTUNED = "untuned: no GPU measured yet"
+SMALL = "interpreter: small, so that tests cross tile edges"
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of one kernel.
+
+    gemm: [block_m, block_n] of y per program, block_k of K a step. project: [block_m, all ranks], block_k a step.
+    grad: [block_n columns, all ranks] per program, block_m rows a step.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    tuned_on: str = UNTUNED
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        """Launch options; fp fusion is named because its default differs between Triton versions."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+# Size classes, gemm: large to small, and ragged; project and grad: narrow (R <= 64), wide, and ragged. Ragged serves
+# operands that are not aligned: element-wise loads hold two registers an address, so the tile has to be small.
+_RAGGED_HALF = {
+    "gemm": {"ragged": TileConfig(64, 64, 32, 4, 2)},
+    "project": {"ragged": TileConfig(32, 0, 32, 8, 2)},
+    "grad": {"ragged": TileConfig(32, 32, 0, 8, 2)},
+}
+_RAGGED_SINGLE = {
+    "gemm": {"ragged": TileConfig(32, 32, 16, 4, 3)},
+    "project": {"ragged": TileConfig(16, 0, 16, 8, 2)},
+    "grad": {"ragged": TileConfig(16, 16, 0, 8, 2)},
+}
+_SM80 = {
+    "gemm": {"large": TileConfig(128, 128, 32, 8, 4), "small": TileConfig(64, 64, 64, 4, 3)},
+    "project": {"narrow": TileConfig(64, 0, 64, 4, 3), "wide": TileConfig(64, 0, 32, 8, 3)},
+    "grad": {"narrow": TileConfig(64, 64, 0, 4, 3), "wide": TileConfig(32, 64, 0, 8, 3)},
+}
+_SM90 = {
+    "gemm": {
+        "large": TileConfig(128, 256, 64, 8, 3),
+        "medium": TileConfig(128, 128, 64, 8, 4),
+        "small": TileConfig(64, 64, 64, 4, 4),
+    },
+    "project": {"narrow": TileConfig(64, 0, 64, 4, 4), "wide": TileConfig(64, 0, 64, 8, 3)},
+    "grad": {"narrow": TileConfig(64, 64, 0, 4, 4), "wide": TileConfig(64, 64, 0, 8, 3)},
+}
+_GFX942 = {
+    "gemm": {"large": TileConfig(128, 128, 32, 8, 2), "small": TileConfig(64, 64, 32, 4, 2)},
+    "project": {"narrow": TileConfig(64, 0, 64, 4, 2), "wide": TileConfig(64, 0, 32, 8, 2)},
+    "grad": {"narrow": TileConfig(64, 64, 0, 4, 2), "wide": TileConfig(32, 64, 0, 8, 2)},
+}
+_HALF = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM90, "gfx942": _GFX942}
+# a dot of float32 is plain FMAs: short steps keep its operands in registers
+_FP32 = {
+    "gemm": {"large": TileConfig(64, 64, 16, 4, 3), "small": TileConfig(32, 32, 16, 4, 3)},
+    "project": {"narrow": TileConfig(32, 0, 16, 4, 3), "wide": TileConfig(32, 0, 16, 8, 3)},
+    "grad": {"narrow": TileConfig(16, 32, 0, 4, 3), "wide": TileConfig(16, 16, 0, 8, 3)},
+}
+_TF32 = {
+    "gemm": {"large": TileConfig(128, 128, 32, 8, 3), "small": TileConfig(64, 64, 32, 8, 3)},
+    "project": {"narrow": TileConfig(64, 0, 32, 4, 3), "wide": TileConfig(64, 0, 16, 8, 3)},
+    "grad": {"narrow": TileConfig(32, 64, 0, 4, 3), "wide": TileConfig(16, 64, 0, 8, 3)},
+}
+_INTERPRETED = {
+    "gemm": {"ragged": TileConfig(32, 32, 32, 1, 1, group_m=2, tuned_on=SMALL)},
+    "project": {"ragged": TileConfig(32, 0, 32, 1, 1, tuned_on=SMALL)},
+    "grad": {"ragged": TileConfig(32, 32, 0, 1, 1, tuned_on=SMALL)},
+}
+
+
+def tile_configs(kernel: str, compute: str, arch: str) -> dict[str, TileConfig]:
+    """All shipped configs of a kernel ("gemm", "project", "grad") by size class; the only place they come from."""
+    if arch == INTERPRETER:
+        return _INTERPRETED[kernel]
+    if compute in ("fp32", "tf32"):
+        return (_FP32 if compute == "fp32" else _TF32)[kernel] | _RAGGED_SINGLE[kernel]
+    return _HALF[arch][kernel] | _RAGGED_HALF[kernel]
+
+
+def pick_gemm_tile(x: torch.Tensor, weight: torch.Tensor) -> TileConfig:
+    """For x @ weight.T: the largest tile that still gives 128 programs, about one per multiprocessor, else "small"."""
+    tiles = tile_configs("gemm", compute_type(x), architecture(x))
+    m, n = x.shape[0], weight.shape[0]
+    # M is not specialized on, so x must run along K
+    if "small" not in tiles or not (rows_aligned(x, 1) and is_aligned(weight) and n % 16 == 0):
+        return tiles["ragged"]
+    for size in ("large", "medium"):
+        tile = tiles.get(size)
+        if tile and triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) >= 128:
+            return tile
+    return tiles["small"]
+
+
+def pick_rank_tile(kernel: str, r: int, *rows: torch.Tensor) -> TileConfig:
+    """For the kernels that hold all ranks at once ("project", "grad") and read `rows`, each [M, K] or [M, N]."""
+    tiles = tile_configs(kernel, compute_type(rows[0]), architecture(rows[0]))
+    size = "narrow" if r <= 64 else "wide" if r % 16 == 0 else "ragged"
+    return tiles[size] if size in tiles and all(rows_aligned(t, 1) for t in rows) else tiles["ragged"]
+
+
+def rank_block(r: int) -> int:
+    """Ranks of a kernel that holds all at once: the power of two that holds `r`, at least 16, the least a dot takes."""
+    return max(triton.next_power_of_2(r), 16)
+
+
+def rank_step(r: int, *tensors: torch.Tensor) -> int:
+    """Ranks per step of the GEMM's rank product: 16 where more would spill (float32, element-wise loads)."""
+    return min(rank_block(r), 64 if tensors[0].dtype != torch.float32 and is_aligned(*tensors) else 16)
