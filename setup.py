@@ -39,6 +39,7 @@ PACKAGES = [
     "fastlora.modules",
     "fastlora.ops",
     "fastlora.triton_kernels",
+    "fastlora.tune",
 ]
 CUDA_ARCHS = ("80", "90", "100", "120")
 
@@ -239,7 +240,11 @@ class BuildExtension(build_ext):
 setup(
     packages=PACKAGES,
     package_dir={"fastlora": "fastlora", "fastlora.triton_kernels": "triton_kernels"},
-    package_data={"fastlora": ["py.typed"], "fastlora.continual.demo": ["*.safetensors", "*.json", "*.csv"]},
+    package_data={
+        "fastlora": ["py.typed"],
+        "fastlora.continual.demo": ["*.safetensors", "*.json", "*.csv"],
+        "fastlora.ops": ["*.json"],
+    },
     include_package_data=False,
     ext_modules=[Extension("fastlora._C", sources=[], optional=OPTIONAL)],
     cmdclass={"build_ext": BuildExtension},

@@ -21,7 +21,7 @@ _EXPORTS = {
     "adapter_parameters": "fastlora.adapt",
     "adapters": "fastlora.adapt",
     "build_info": "fastlora.build",
-    "explain": "fastlora.ops.backend",
+    "explain": "fastlora.ops.explain",
     "inject": "fastlora.adapt",
     "load_adapter": "fastlora.adapter_file",
     "merge": "fastlora.adapt",
@@ -31,7 +31,7 @@ _EXPORTS = {
     "remove": "fastlora.adapt",
     "save_adapter": "fastlora.adapter_file",
 }
-_SUBMODULES = ("continual", "modules", "ops", "optim", "reference")
+_SUBMODULES = ("continual", "modules", "ops", "optim", "reference", "tune")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from fastlora.build import build_info
     from fastlora.continual.demo import open_clip_demo
     from fastlora.modules.linear import FusedRankLoRALinear
-    from fastlora.ops.backend import explain
+    from fastlora.ops.explain import explain
     from fastlora.ops.merge import MergeError, MergeReport
 
 

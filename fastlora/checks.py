@@ -88,6 +88,88 @@ def check_rank_lora(
         tensors["bias"] = bias
     _check_shapes(x, weight, bias, lora_a, lora_b, gate)
     _check_dtypes(tensors)
+    _check_devices(tensors)
+
+
+def plainly_fits(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor) -> bool:
+    """Whether the usual call is right: 2 us of every call, where the checks that name what is wrong take 11.
+
+    False says nothing: gates of two dimensions, say, are for `check_rank_lora` to judge.
+    """
+    dtype, device = x.dtype, x.device
+    try:
+        (n, k), (r,) = weight.shape, gate.shape
+        return (
+            x.shape[-1] == k
+            and lora_a.shape == (r, k)
+            and lora_b.shape == (n, r)
+            and weight.dtype == dtype
+            and dtype.is_floating_point
+            and lora_a.dtype in (dtype, torch.float32)
+            and lora_b.dtype in (dtype, torch.float32)
+            and gate.dtype == torch.float32
+            and weight.device == lora_a.device == lora_b.device == gate.device == device
+            and (bias is None or (bias.shape == (n,) and bias.dtype == dtype and bias.device == device))
+        )
+    except (ValueError, IndexError, AttributeError):  # another number of dimensions, or no tensor
+        return False
+
+
+def check_packed_lists(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_as: Any, lora_bs: Any, gates: Any, kappas: Any
+) -> None:
+    """Three entries each; an adapter is there as a whole or not at all.
+
+    Raises:
+        TypeError: an entry is neither a tensor nor None. ValueError: not three, or half an adapter.
+    """
+    check_tensors(x=x, weight=weight, bias=bias)
+    for name, entries in (("lora_as", lora_as), ("lora_bs", lora_bs), ("gates", gates), ("kappas", kappas)):
+        if len(entries) != 3:
+            raise ValueError(f"{name} has {len(entries)} entries; it must have three, for q, k and v.")
+    for part in range(3):
+        adapter = {f"lora_as[{part}]": lora_as[part], f"lora_bs[{part}]": lora_bs[part], f"gates[{part}]": gates[part]}
+        missing = [name for name, tensor in adapter.items() if tensor is None]
+        if missing and len(missing) < 3:
+            raise ValueError(
+                f"{', '.join(missing)} is None beside tensors; give the whole adapter, or None three times."
+            )
+        if not missing:
+            check_tensors(**adapter)
+
+
+def check_packed(x: Tensor, weight: Tensor, bias: Tensor | None, lora_as: Any, lora_bs: Any, gates: Any) -> None:
+    """Check shapes, dtypes and devices of a call of `rank_lora_packed`; messages name entry and shape.
+
+    Raises:
+        TypeError: a dtype does not fit. ValueError: a shape or a device does not fit.
+    """
+    if weight.dim() != 2 or weight.shape[0] % 3:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [3 d, K], for q, k and v.")
+    n, k = weight.shape
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}; with weight {[n, k]} it must be [..., {k}].")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias has shape {list(bias.shape)}; with weight {[n, k]} it must be {[n]} or None.")
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for part in range(3):
+        if gates[part] is None:
+            continue
+        named = {f"lora_as[{part}]": lora_as[part], f"lora_bs[{part}]": lora_bs[part], f"gates[{part}]": gates[part]}
+        r = gates[part].shape[0] if gates[part].dim() == 1 else -1
+        for (name, tensor), shape in zip(named.items(), ((r, k), (n // 3, r), (r,))):
+            if tuple(tensor.shape) != shape:
+                wanted = {0: f"[r, {k}]", 1: f"[{n // 3}, r]", 2: "[r]"}[list(named).index(name)]
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}; with weight {[n, k]} it must be {wanted}, one r a projection."
+                )
+        tensors |= named
+    _check_dtypes(tensors)
+    _check_devices(tensors)
+
+
+def _check_devices(tensors: dict[str, Any]) -> None:
+    x = tensors["x"]
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(
@@ -142,8 +224,8 @@ def _check_dtypes(tensors: dict[str, Any]) -> None:
                 f"{name} has dtype {tensors[name].dtype} and x has {dtype}; they must share a dtype. "
                 f"Convert x with x.to({name}.dtype), or run under torch.autocast."
             )
-    for name in ("lora_a", "lora_b"):
-        if tensors[name].dtype not in (dtype, torch.float32):
-            raise TypeError(f"{name} has dtype {tensors[name].dtype}; it must be {dtype} as x, or torch.float32.")
-    if not tensors["gate"].dtype.is_floating_point:
-        raise TypeError(f"gate has dtype {tensors['gate'].dtype}; it must be torch.float32.")
+    for name, tensor in tensors.items():
+        if name.startswith("lora_") and tensor.dtype not in (dtype, torch.float32):
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {dtype} as x, or torch.float32.")
+        if name.startswith("gate") and not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be torch.float32.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -164,6 +165,37 @@ def merge(argv: Sequence[str]) -> None:
     print(f"written: {options.out}")
 
 
+def tune(argv: Sequence[str]) -> None:
+    """measure kernel variants and tiles for a CLIP and write your dispatch table: [--model NAME] [--rank R] [--out PATH] ..."""
+    parser = _parser("tune", tune)
+    parser.add_argument("--model", metavar="NAME", help="an open_clip architecture (default: the embedded tiny CLIP)")
+    parser.add_argument("--rank", type=int, default=16, help="of every adapter (default: 16)")
+    parser.add_argument("--batch", type=int, default=64, help="images, and as many texts (default: 64)")
+    parser.add_argument("--texts", type=int, help="texts, where they are not as many as images")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: bfloat16"
+    )
+    parser.add_argument("--where", choices=("vision", "text", "all"), default="all", help="tower (default: all)")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="table to write (default: the one that is read)")
+    parser.add_argument("--budget-seconds", type=float, default=60.0, help="stop after about this long (default: 60)")
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    options = parser.parse_args(argv)
+    texts = options.batch if options.texts is None else options.texts
+    if min(options.batch, texts) < 1:
+        raise UsageError(f"--batch is {options.batch} with {texts} texts; both must be >= 1.")
+    from fastlora.ops.dispatch import user_table_path
+    from fastlora.tune import tuning
+
+    device = tuning.check_device(options.device)  # before a large model takes its seconds
+    with _needs("tune", "open_clip"):
+        from fastlora.continual.shapes import clip_calls
+    calls = clip_calls(options.model, options.rank, options.where, options.batch, texts, options.dtype)
+    say = functools.partial(print, file=sys.stderr)
+    print(tuning.tune(calls, device, out=options.out, budget_seconds=options.budget_seconds, progress=say))
+    if options.out and options.out != user_table_path():
+        print(f"It is read where FASTLORA_TABLE={options.out} is set.")
+
+
 def doctor(argv: Sequence[str]) -> None:
     """say what is installed, how the extension was built, and which backends run"""
     _parser("doctor", doctor).parse_args(argv)
@@ -180,6 +212,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         ("report", report),
         ("compare", compare),
         ("merge", merge),
+        ("tune", tune),
         ("doctor", doctor),
     )
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import relative_error
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastlora
 from fastlora import FusedRankLoRALinear
@@ -52,6 +53,29 @@ def test_fresh_adapters_change_no_feature():
     assert len(report) == 24 and report.names == tuple(name for name, _ in fastlora.adapters(model))
     for ours, theirs in zip(features(model), before):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_compile_of_an_injected_model_breaks_no_graph_and_recompiles_nothing():
+    torch.compiler.reset()
+    model = tiny_clip()
+    fastlora.inject(model, rank=4)
+    train_adapters(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = [
+        torch.compile(encode, fullgraph=True, backend=counter, dynamic=True)
+        for encode in (model.encode_image, model.encode_text)
+    ]
+    frames = set()
+    for batch, kappa in ((6, 0.1), (5, 0.2), (7, 0.0)):
+        for _, adapter in fastlora.adapters(model):
+            adapter.kappa = kappa
+        images, tokens = torch.randn(batch, 3, 16, 16), torch.randint(1, 50, (batch, 8))
+        image_features, text_features = (encode(x) for encode, x in zip(compiled, (images, tokens)))
+        torch.testing.assert_close(image_features, model.encode_image(images), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(text_features, model.encode_text(tokens), atol=1e-5, rtol=1e-4)
+        (image_features.sum() + text_features.sum()).backward()
+        frames.add(counter.frame_count)
+    assert len(frames) == 1, "another batch or kappa recompiled the model"
 
 
 def test_gradient_reaches_all_six_targets_in_both_towers_and_nothing_else():

@@ -13,7 +13,7 @@ LAYERS = (
     ("fastlora.reference", "fastlora.checks", "fastlora.files", "fastlora.build", "fastlora._C"),
     ("fastlora.ops",),
     ("fastlora.modules",),
-    ("fastlora.adapt", "fastlora.adapter_file", "fastlora.merge_files", "fastlora.optim"),
+    ("fastlora.adapt", "fastlora.adapter_file", "fastlora.merge_files", "fastlora.optim", "fastlora.tune"),
     ("fastlora.continual",),
     ("fastlora.doctor", "fastlora.cli"),
 )

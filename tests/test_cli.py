@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,6 +364,59 @@ def test_merge_refuses_a_broken_adapter(capsys, tmp_path, trained):
     assert code == 1 and "visual.transformer.resblocks.0.attn.k" in err and not (tmp_path / "out.safetensors").exists()
 
 
+# ---- tune
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Arguments of the calls of `tune`, which measures nothing."""
+    seen = []
+
+    def measure(calls, device, *, progress, **options):
+        progress("one line")
+        seen.append((list(calls), device, options))
+        return "the report"
+
+    monkeypatch.setattr("fastlora.tune.tuning.tune", measure)
+    return seen
+
+
+def test_tune_measures_the_calls_of_the_demo(capsys, tuned):
+    code, out, err = run(capsys, "tune", "--device=cpu", "--rank=4", "--batch=2", "--texts=3", "--out=table.json")
+    assert code == 0 and err == "one line\n"
+    assert out.startswith("the report\n") and "FASTLORA_TABLE=table.json" in out
+    ((calls, device, options),) = tuned
+    assert device == torch.device("cpu") and options == {"out": Path("table.json"), "budget_seconds": 60.0}
+    assert {call.dtype for call in calls} == {torch.bfloat16} and {call.r for call in calls} == {4, 12}
+    assert {call.m for call in calls} == {2 * 17, 3 * fastlora.open_clip_demo().model.context_length}
+
+
+def test_tune_of_an_architecture_of_open_clip(capsys, tuned):
+    arguments = ("--device=cpu", "--model=ViT-S-32-alt", "--where=vision", "--dtype=float16", "--batch=2")
+    code, out, _ = run(capsys, "tune", *arguments)
+    assert code == 0 and out == "the report\n"
+    ((calls, _, options),) = tuned
+    assert options["out"] is None and {call.dtype for call in calls} == {torch.float16}
+    assert {(call.m, call.n, call.k) for call in calls} == {
+        (100, 1152, 384), (100, 384, 384), (100, 1536, 384), (100, 384, 1536)
+    }  # fmt: skip
+
+
+def test_tune_refuses(capsys, tuned, monkeypatch):
+    code, _, err = run(capsys, "tune", "--device=cpu", "--model=ViT-B-17")
+    assert code == 2 and "--model 'ViT-B-17' is no architecture of open_clip; near: ViT-B-16" in err
+    for wrong in ("--batch=0", "--texts=0"):
+        code, _, err = run(capsys, "tune", "--device=cpu", wrong)
+        assert code == 2 and "both must be >= 1" in err
+    code, _, err = run(capsys, "tune", "--device=cpu", "--rank=0")
+    assert code == 1 and "rank is 0; it must be >= 1" in err
+    monkeypatch.setattr("fastlora.tune.tuning.interpreting", lambda: False)
+    for device in ("cpu", "mps"):
+        code, _, err = run(capsys, "tune", "--device", device)
+        assert code == 1 and "the dispatch tables are for CUDA and ROCm devices" in err
+    assert not tuned
+
+
 # ---- the rest
 
 
@@ -383,7 +437,8 @@ def test_doctor(capsys):
 
 def test_help_and_version(capsys):
     code, out, _ = run(capsys, "--help")
-    assert code == 0 and all(f"  {name} " in out for name in ("train", "eval", "report", "compare", "merge", "doctor"))
+    assert code == 0 and all(f"  {name} " in out for name in cli.COMMANDS)
+    assert list(cli.COMMANDS) == ["train", "eval", "report", "compare", "merge", "tune", "doctor"]
     assert run(capsys)[0] == 2
     assert run(capsys, "--version")[1] == f"fastlora {fastlora.__version__}\n"
     for command in cli.COMMANDS:
@@ -396,7 +451,8 @@ def test_unknown_command(capsys):
     code, _, err = run(capsys, "trian")
     assert (
         code == 2
-        and "no command 'trian'; accepted: train, eval, report, compare, merge, doctor. Did you mean 'train'?" in err
+        and "no command 'trian'; accepted: train, eval, report, compare, merge, tune, doctor. Did you mean 'train'?"
+        in err
     )
 
 
@@ -410,7 +466,7 @@ def test_quick_commands_do_not_import_torch():
     """`--help`, `--print_config` and wrong command lines answer at once."""
     code = "import sys; from fastlora import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules)"
-    for arguments in (["--help"], ["train", "--print_config"], ["train", "--nonsense"]):
+    for arguments in (["--help"], ["train", "--print_config"], ["train", "--nonsense"], ["tune", "--rank=many"]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
         assert done.stdout.splitlines()[-1] == "False", done.stderr
 

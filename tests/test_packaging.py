@@ -131,7 +131,12 @@ def test_wheel_holds_every_source_and_nothing_else(names):
         for kind in ("safetensors", "json", "csv")
         for path in demo.glob(f"*.{kind}")
     }
-    built = {"fastlora/py.typed", "fastlora/_build_info.json", f"fastlora/_C{SUFFIX}"}
+    built = {
+        "fastlora/py.typed",
+        "fastlora/ops/dispatch_table.json",
+        "fastlora/_build_info.json",
+        f"fastlora/_C{SUFFIX}",
+    }
     assert {name for name in names if ".dist-info/" not in name} == sources | data | built
 
 

@@ -5,8 +5,9 @@ tensors (`is_interpreted()`).
 """
 
 from fastlora.triton_kernels.common import MAX_RANK, is_interpreted
-from fastlora.triton_kernels.rank_lora_fwd import rank_lora_dx, rank_lora_fwd, rank_project
+from fastlora.triton_kernels.rank_lora_fwd import rank_lora_dx, rank_lora_fwd
 from fastlora.triton_kernels.rank_lora_grad import rank_lora_grad
+from fastlora.triton_kernels.rank_project import rank_project, rank_project_packed
 from fastlora.triton_kernels.tiles import TileConfig
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "rank_lora_fwd",
     "rank_lora_grad",
     "rank_project",
+    "rank_project_packed",
 ]

@@ -1,6 +1,6 @@
 """Ahead-of-time compile of every shipped tile config for every target, with its resource report.
 
-    python -m fastlora.triton_kernels.aot [--targets sm_90 gfx942] [--match "gemm y"] [--markdown] [--jobs 2]
+    python -m fastlora.triton_kernels.aot [--targets sm_90 gfx942] [--match "split y"] [--jobs 2] [--csv F] [--docs F]
 
 Needs no GPU. Prints registers, shared memory, tensor-core instructions and spills as compiled, and exits 1 when a limit
 is broken: no tensor-core instruction where there must be one, a trap, spilled registers, too much shared memory or
@@ -14,22 +14,22 @@ import concurrent.futures
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlora.triton_kernels import common
 from fastlora.triton_kernels.aot_cases import CompileCase
+from fastlora.triton_kernels.aot_read import read_resources
+from fastlora.triton_kernels.aot_report import MARKERS, Record, table, write_csv, write_docs
 from fastlora.triton_kernels.rank_lora_fwd import compile_cases as fwd_cases
 from fastlora.triton_kernels.rank_lora_grad import compile_cases as grad_cases
+from fastlora.triton_kernels.rank_project import compile_cases as project_cases
 
 
 @dataclass(frozen=True)
@@ -50,31 +50,9 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Record:
-    """Resources of one compiled kernel, as read from the binary. error: text of a compile that failed."""
-
-    target: str
-    label: str
-    dtype: str
-    rank: int
-    odd: str
-    tile: str
-    num_warps: int
-    num_stages: int
-    registers: int = 0
-    shared: int = 0
-    tensor_memory: int = 0
-    mmas: int = 0
-    async_copies: int = 0
-    spills: int = 0
-    traps: int = 0
-    error: str = ""
-
-
 def cases(target: str) -> Iterator[CompileCase]:
     """Every compile of a target."""
-    for family_cases in (fwd_cases, grad_cases):
+    for family_cases in (project_cases, fwd_cases, grad_cases):
         for compute in common.COMPUTE_TYPES:
             if compute == "tf32" and not target.startswith("sm_"):
                 continue  # dot_precision never asks for it there
@@ -120,9 +98,8 @@ def measure(target: str, case: CompileCase) -> Record:
         )
     except Exception as error:  # any failure of the compiler is a result to report, not the end of the report
         return Record(**known, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    read = _read_amdgcn if "amdgcn" in compiled.asm else _read_cubin
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Record(**known, shared=compiled.metadata.shared, tensor_memory=tensor_memory, **read(compiled.asm))
+    return Record(**known, shared=compiled.metadata.shared, tensor_memory=tensor_memory, **read_resources(compiled.asm))
 
 
 def _source(case: CompileCase, gpu: GPUTarget) -> ASTSource:
@@ -142,103 +119,60 @@ def _source(case: CompileCase, gpu: GPUTarget) -> ASTSource:
     return ASTSource(case.kernel, signature, case.constexprs, attrs)
 
 
-def _read_cubin(asm) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(asm["cubin"])
-        usage, sass = (_cuobjdump(flag, path) for flag in ("-res-usage", "-sass"))
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, sass))
-
-    return {
-        "registers": int(found["REG"]),
-        "mmas": count(r"\b(?:HGMMA|HMMA|QGMMA|UTC\w*MMA)\b"),
-        "async_copies": count(r"\b(?:LDGSTS|UTMALDG)\b"),
-        "spills": count(r"\b(?:STL|LDL)\b") + int(found["STACK"]) + int(found["LOCAL"]),
-        # in the PTX: sm_100 binaries end in trap subroutines of the tensor-memory allocation that nothing is wrong with
-        "traps": len(re.findall(r"\btrap;", asm["ptx"])),
-    }
-
-
-def _read_amdgcn(asm) -> dict[str, int]:
-    text = asm["amdgcn"]
-
-    def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
-
-    return {
-        "registers": field("vgpr_count"),  # on this target it includes the accumulation registers
-        "mmas": len(re.findall(r"\bv_mfma_", text)),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        "traps": len(re.findall(r"\bs_trap\b", text)),
-    }
-
-
-def _cuobjdump(flag: str, path: Path) -> str:
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout
-
-
 def _measure_index(target: str, index: int) -> Record:
     """For a worker process: a case holds jit functions, which do not travel, so its place in the list does."""
     return measure(target, list(cases(target))[index])
 
 
-def table(records: Sequence[Record], markdown: bool = False) -> str:
-    """The resource table, one line a compiled kernel."""
-    header = "target kernel dtype rank odd tile warps stages regs shared tmem mma async spills result".split()
-    rows = []
-    for r in records:
-        row = [
-            r.target,
-            r.label,
-            r.dtype,
-            r.rank,
-            r.odd or "-",
-            r.tile,
-            r.num_warps,
-            r.num_stages,
-            r.registers,
-            r.shared,
-        ]
-        rows.append(row + [r.tensor_memory, r.mmas, r.async_copies, r.spills, "; ".join(limits_broken(r)) or "ok"])
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    if markdown:
-        cells.insert(1, ["---"] * len(header))
-        return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+def _selected(target: str, quick: bool) -> list[tuple[int, CompileCase]]:
+    """The compiles of a target by their place in the list; quick: of each tile in each kernel the one with most ranks."""
+    numbered = list(enumerate(cases(target)))
+    if not quick:
+        return numbered
+    ordered = sorted(numbered, key=lambda item: item[1].rank)
+    kept = {(case.kernel, case.label.split()[0], case.compute, case.tile): index for index, case in ordered}
+    return [(index, case) for index, case in numbered if index in kept.values()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastlora.triton_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument("--match", default="", help="only kernels whose 'name dtype' matches this regular expression")
+    parser.add_argument("--quick", action="store_true", help="every tile of every kernel once, with most ranks")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table")
+    parser.add_argument("--csv", type=Path, help="write every record to this file as well")
+    parser.add_argument("--docs", type=Path, help="replace the table of this page, between its two markers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: all cores)")
     options = parser.parse_args(arguments)
+    if options.docs and not all(marker in options.docs.read_text() for marker in MARKERS):
+        parser.error(
+            f"{options.docs} lacks the markers {' and '.join(MARKERS)}; put them around the place of the table"
+        )
     if common.is_interpreted():
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
 
     work = [
         (target, index)
         for target in options.targets
-        for index, case in enumerate(cases(target))
+        for index, case in _selected(target, options.quick)
         if re.search(options.match, f"{case.label} {case.compute}")
     ]
     if not work:
-        parser.error(f"--match {options.match!r} matches no kernel; try --match gemm")
+        parser.error(f"--match {options.match!r} matches no kernel; try --match split")
     if options.jobs == 1:
         records = [_measure_index(*item) for item in work]
     else:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             records = list(pool.map(_measure_index, *zip(*work)))
-    broken = sum(bool(limits_broken(record)) for record in records)
-    print(table(records, options.markdown))
-    print(f"\nTriton {triton.__version__}: {len(records)} kernels compiled, {broken} break a limit")
+    verdicts = [limits_broken(record) for record in records]
+    broken = sum(bool(verdict) for verdict in verdicts)
+    summary = f"Triton {triton.__version__}: {len(records)} kernels compiled, {broken} break a limit"
+    print(f"{table(records, verdicts, options.markdown)}\n\n{summary}")
+    if options.csv:
+        write_csv(options.csv, records, verdicts)
+    if options.docs:
+        write_docs(options.docs, records, verdicts, summary)
     return 1 if broken else 0
 
 

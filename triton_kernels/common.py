@@ -41,7 +41,7 @@ def advance(ptrs, steps: tl.constexpr, stride):
 
 @triton.jit
 def grouped_program(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    # GROUP_M row tiles share each column tile while it is in L2
+    # GROUP_M row tiles share each column tile while it is in L2; a row's column tiles come in increasing order
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
     first_m = pid // (GROUP_M * num_n) * GROUP_M
@@ -99,6 +99,16 @@ def _architecture_of(device: torch.device) -> str:
 def architecture(tensor: torch.Tensor) -> str:
     """Key of the tile table for the device that holds `tensor`."""
     return INTERPRETER if is_interpreted() else _architecture_of(tensor.device)
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Programs that are resident at once whatever a kernel uses: one a multiprocessor; one in the interpreter."""
+    return 1 if is_interpreted() else _multiprocessors_of(tensor.device)
+
+
+@functools.cache
+def _multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

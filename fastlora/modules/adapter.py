@@ -36,12 +36,13 @@ class RankAdapter(nn.Module):
         dropout: float,
         gate_init: str,
         backend: str,
+        recompute: bool,
         device: torch.device | str | None,
     ) -> None:
         check_layer_options(rank, kappa, scaling, dropout, gate_init)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.scaling, self.dropout = rank, float(scaling), float(dropout)
-        self.gate_init, self.backend = gate_init, backend
+        self.gate_init, self.backend, self.recompute = gate_init, backend, recompute
         # float32 whatever the weight's dtype: half precision cannot hold an optimizer's steps, nor kappa's on a gate
         self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device))
         self.lora_b = nn.Parameter(torch.empty(out_features, rank, device=device))
@@ -93,12 +94,21 @@ class RankAdapter(nn.Module):
 
     def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output; the threshold is a tensor under torch.compile, so that a new kappa recompiles nothing."""
-        kappa = self._kappa if self._thresholded or torch.compiler.is_compiling() else 0.0
-        if self.training and self.dropout > 0:
+        kappa = self.call_kappa()
+        if self.drops_out():
             return self._with_dropout(x, weight, bias, kappa)
         return rank_lora_linear(
-            x, weight, bias, self.lora_a, self.lora_b, self.gate, kappa, self.scaling, backend=self.backend
-        )
+            x, weight, bias, self.lora_a, self.lora_b, self.gate, kappa, self.scaling,
+            backend=self.backend, recompute=self.recompute,
+        )  # fmt: skip
+
+    def call_kappa(self) -> float | Tensor:
+        """The threshold as an op takes it: a device scalar where it is on, and while compiling."""
+        return self._kappa if torch.compiler.is_compiling() or self._thresholded else 0.0
+
+    def drops_out(self) -> bool:
+        """Whether dropout acts on this call."""
+        return self.training and self.dropout > 0
 
     def _with_dropout(self, x: Tensor, weight: Tensor, bias: Tensor | None, kappa: float | Tensor) -> Tensor:
         """Dropout acts on the input of lora_a alone, so base and update have different inputs and nothing is fused."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.linear import FusedRankLoRALinear
+from fastlora.ops.backend import TRITON_MAX_RANK
+from fastlora.ops.rank_lora import rank_lora_packed
 
 PARTS = ("q", "k", "v", "out")
 
@@ -53,7 +55,9 @@ class PackedProjection(RankAdapter):
         return self._adapted(x, weight, bias)
 
 
-_DEFAULTS: dict[str, Any] = {"kappa": 0.0, "scaling": 1.0, "dropout": 0.0, "gate_init": "normal", "backend": "auto"}
+_DEFAULTS: dict[str, Any] = {
+    "kappa": 0.0, "scaling": 1.0, "dropout": 0.0, "gate_init": "normal", "backend": "auto", "recompute": False
+}  # fmt: skip
 
 
 class _PackedAttention(nn.Module):
@@ -95,10 +99,40 @@ class _PackedAttention(nn.Module):
         adapter = getattr(self, part)
         return F.linear(x, weight, bias) if adapter is None else adapter(x, weight, bias)
 
-    def _heads(self, part: str, x: Tensor) -> Tensor:
+    def _project_all(self, query: Tensor, key: Tensor, value: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each [batch, heads, tokens, d / heads]. shared: the three inputs are one tensor."""
+        if shared and self._packs():
+            # unbound along a middle axis, so that the three gradients come back as one contiguous [.., 3, d]
+            projected = self._project_packed(query).unflatten(-1, (3, self.embed_dim)).unbind(-2)
+        else:
+            projected = [self._project(part, x) for part, x in zip(PARTS, (query, key, value))]
+        return tuple(self._heads(x) for x in projected)
+
+    def _packs(self) -> bool:
+        """Whether one product over the packed weight can serve q, k and v: equal options, and no dropout before lora_a."""
+        adapters = self._adapters()
+        options = {(a.backend, a.scaling, a.recompute) for a in adapters}
+        ranks = sum(a.gate.numel() for a in adapters)
+        return len(options) == 1 and ranks <= TRITON_MAX_RANK and not any(a.drops_out() for a in adapters)
+
+    def _adapters(self) -> list[PackedProjection]:
+        return [adapter for adapter in (self.q, self.k, self.v) if adapter is not None]
+
+    def _project_packed(self, x: Tensor) -> Tensor:
+        """[batch, tokens, d] -> [batch, tokens, 3 d]; q, k and v are read here, their own forward is not called."""
+        parts = (self.q, self.k, self.v)
+        first = self._adapters()[0]
+        return rank_lora_packed(
+            x, self.in_proj_weight, self.in_proj_bias,
+            [None if a is None else a.lora_a for a in parts], [None if a is None else a.lora_b for a in parts],
+            [None if a is None else a.gate for a in parts], [0.0 if a is None else a.call_kappa() for a in parts],
+            first.scaling, backend=first.backend, recompute=first.recompute,
+        )  # fmt: skip
+
+    def _heads(self, x: Tensor) -> Tensor:
         """[batch, tokens, d] -> [batch, heads, tokens, d / heads]."""
         batch, tokens, _ = x.shape
-        return self._project(part, x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        return x.view(batch, tokens, self.num_heads, -1).transpose(1, 2)
 
     def _merge_heads(self, attended: Tensor) -> Tensor:
         """[batch, heads, tokens, d / heads] -> [batch, tokens, d], through the output projection."""
@@ -139,13 +173,14 @@ class FusedRankLoRAMultiheadAttention(_PackedAttention):
             (output, attention weights or None), shaped as `nn.MultiheadAttention` returns them.
         """
         unbatched = query.dim() == 2
+        shared = query is key is value
         if unbatched:
             axis = 0 if self.batch_first else 1
             query, key, value = (t.unsqueeze(axis) for t in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = self._heads("q", query), self._heads("k", key), self._heads("v", value)
+        q, k, v = self._project_all(query, key, value, shared)
         mask = self._combined_mask(attn_mask, key_padding_mask, q)
         dropout = self.attention_dropout if self.training else 0.0
         if need_weights:
@@ -184,7 +219,7 @@ class FusedRankLoRAAttention(_PackedAttention):
         """x [batch, tokens, d] -> [batch, tokens, d]; boolean masks mark what *is* attended to."""
         k_x = x if k_x is None else k_x
         v_x = x if v_x is None else v_x
-        q, k, v = self._heads("q", x), self._heads("k", k_x), self._heads("v", v_x)
+        q, k, v = self._project_all(x, k_x, v_x, x is k_x is v_x)
         dropout = self.attn_drop.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, self._mask(attn_mask, x.shape[0]), dropout)
         return self.out_drop(self._merge_heads(attended))

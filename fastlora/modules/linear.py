@@ -25,7 +25,8 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
         scaling: dimensionless factor of the update.
         dropout: probability, on the input of lora_a while training; takes an unfused path.
         gate_init: "normal" (N(0, 1), as CoDyRA) or "ones".
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton", or a variant by name (`fastlora.ops.backend`).
+        recompute: keep the input alone for backward, and compute the projected rows again there.
         device, dtype: of weight and bias; the adapter is float32.
     Raises:
         ValueError: rank below 1, kappa negative or not finite, dropout outside [0, 1).
@@ -44,13 +45,16 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
         dropout: float = 0.0,
         gate_init: str = "normal",
         backend: str = "auto",
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._plain_class: type[nn.Linear] = nn.Linear
         self._freeze()
-        self._init_adapter(in_features, out_features, rank, kappa, scaling, dropout, gate_init, backend, device)
+        self._init_adapter(
+            in_features, out_features, rank, kappa, scaling, dropout, gate_init, backend, recompute, device
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int = 16, **options: Any) -> FusedRankLoRALinear:

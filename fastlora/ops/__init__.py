@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from fastlora.ops.merge import MergeError, MergeReport, ModuleMerge, merge_
 from fastlora.ops.prox import soft_threshold
-from fastlora.ops.rank_lora import rank_lora_linear
+from fastlora.ops.rank_lora import rank_lora_linear, rank_lora_packed
 
-__all__ = ["MergeError", "MergeReport", "ModuleMerge", "merge_", "rank_lora_linear", "soft_threshold"]
+__all__ = [
+    "MergeError",
+    "MergeReport",
+    "ModuleMerge",
+    "merge_",
+    "rank_lora_linear",
+    "rank_lora_packed",
+    "soft_threshold",
+]

@@ -1,13 +1,19 @@
-"""Which backends exist, which one runs for a call, and why.
+"""Which backends and variants exist, which one runs for a call, and why.
+
+    torch    library  library GEMM, then the rank update added to its output: any device, any floating dtype
+             merged   a GEMM over the merged weight, rounded to its dtype at every call: by name only, vector gates only
+    triton   split, one_pass, leader  (triton_kernels/rank_lora_fwd.py): float16, bfloat16, float32, R <= 256
 
 The rule of backend="auto":
 
-1. "triton" when the tensors are on a CUDA or ROCm device whose Triton is installed, the dtype is float16, bfloat16 or
-   float32, and the gate is one vector [R] with R <= 256;
-2. "torch" otherwise.
+1. Triton when the tensors are on a CUDA or ROCm device whose Triton is installed, the dtype is float16, bfloat16 or
+   float32, and the rank (of packed projections: their sum) is at most 256; which variant and tile, the dispatch table
+   says for each call (`ops/dispatch.py`);
+2. "library" otherwise.
 
-A backend asked for by name runs or raises. Nothing is read from the environment, except that Triton itself runs its
-kernels on CPU tensors when TRITON_INTERPRET=1 was set before it was imported.
+"torch" and "triton" name a backend, "library", "merged", "split", "one_pass" and "leader" a variant. What is asked for
+by name runs or raises; "triton" is the dispatch table's choice, which for some calls is the library. Triton itself runs
+its kernels on CPU tensors when TRITON_INTERPRET=1 was set before it was imported.
 """
 
 from __future__ import annotations
@@ -17,22 +23,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-BACKENDS = ("torch", "triton")
+TRITON_VARIANTS = ("split", "one_pass", "leader")
+BACKENDS = ("torch", "triton", "library", "merged", *TRITON_VARIANTS)
 TRITON_MAX_RANK = 256
+# one-pass and leader hold all ranks of a projection in registers
+ONE_PASS_MAX_RANK = 64
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs a call, and the sentence that says why."""
+    """What runs a call, and the sentence that says why.
+
+    variant: as the module docstring lists them; "triton" where the dispatch table decides at each call. tile: of the
+    GEMM, where it is known.
+    """
 
     backend: str
     reason: str
+    variant: str = "library"
+    tile: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.backend}: {self.reason}"
+        name = self.backend if self.variant == self.backend else f"{self.backend} ({self.variant})"
+        return f"{name}: {self.reason}" + (f"; tile {self.tile}" if self.tile else "")
 
 
 # a fact of the installation, looked up without importing Triton
@@ -58,68 +74,59 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, gate_shape: Sequenc
         return f"its kernels take float16, bfloat16 and float32, and x is {dtype}"
     if gate_shape[-1] > TRITON_MAX_RANK:
         return f"its kernels take ranks up to {TRITON_MAX_RANK}, and this one is {gate_shape[-1]}"
-    if len(gate_shape) == 2:
-        return "its kernels take a gate of shape [R], and this gate has one row a sample or token"
     return None
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, gate_shape: Sequence[int]) -> Choice:
-    """The backend for a call.
+def variant_for(backend: str, x: Tensor, gate: Tensor, ranks: tuple[int, int, int] | None) -> str:
+    """`choose(...).variant` at the price of a call; the usual one on a CPU needs no Choice."""
+    if backend == "auto" and not x.is_cuda:
+        return "library"
+    return choose(backend, x.device, x.dtype, gate.shape, ranks).variant
+
+
+def choose(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    gate_shape: Sequence[int],
+    ranks: tuple[int, int, int] | None = None,
+) -> Choice:
+    """The variant for a call. ranks: of packed projections, whose gates are stacked.
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: a backend asked for by name cannot run this call; the message says why.
+        RuntimeError: what was asked for by name cannot run this call; the message says why.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend {backend!r} is unknown; accepted: 'auto', {', '.join(map(repr, BACKENDS))}.")
-    if backend == "torch":
-        return Choice("torch", "asked for by name")
     if backend == "auto" and device.type != "cuda":
         # answered without importing Triton, whose interpreter runs only when asked for by name
-        return Choice("torch", f"the tensors are on {device.type}; Triton's kernels need a CUDA or ROCm device")
-    obstacle = why_not_triton(device, dtype, gate_shape)
-    if backend == "triton":
-        if obstacle:
-            raise RuntimeError(f'backend "triton" was asked for but {obstacle}. Pass backend="auto" or "torch".')
-        return Choice("triton", "asked for by name")
-    if obstacle:
-        return Choice("torch", f"Triton was passed over: {obstacle}")
-    return Choice("triton", f"{dtype} on {device.type}, split variant; not tuned on this device")
-
-
-def explain(
-    layer_or_x: nn.Module | Tensor, *call_args: object, gate: Tensor | None = None, backend: str | None = None
-) -> Choice:
-    """Which backend runs a layer, or a call of `rank_lora_linear`, and why.
-
-        fastlora.explain(layer)                                     as the layer would run on inputs of its weight's dtype
-        fastlora.explain(x, weight, bias, lora_a, lora_b, gate)     as the op would run
-
-    Args:
-        layer_or_x: an adapted layer, or the op's `x` followed by its other operands.
-        backend: as for the op; a layer brings its own.
-    Returns:
-        Choice: `.backend`, `.reason`; str() is one line.
-    Raises:
-        TypeError: neither a layer with an adapter nor a tensor.
-        RuntimeError: the backend asked for by name cannot run here.
-    """
-    if isinstance(layer_or_x, nn.Module):
-        missing = [name for name in ("weight", "gate", "backend") if not hasattr(layer_or_x, name)]
-        if missing:
-            raise TypeError(
-                f"a {type(layer_or_x).__name__} has no {', '.join(missing)}; pass a FusedRankLoRALinear, one of "
-                "fastlora.adapters(model), or the operands of rank_lora_linear."
+        return _NO_GPU.get(device.type) or _no_gpu(device.type)
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend {backend!r} is unknown; accepted: 'auto', {', '.join(map(repr, BACKENDS))}.")
+    if backend in ("torch", "library"):
+        return Choice("torch", "asked for by name")
+    if backend == "merged":
+        if len(gate_shape) == 2:
+            raise RuntimeError(
+                'backend "merged" was asked for but one merged weight cannot hold a gate of one row a sample or token. '
+                'Pass backend="auto".'
             )
-        weight = layer_or_x.weight
-        choice = choose(backend or layer_or_x.backend, weight.device, weight.dtype, layer_or_x.gate.shape)
-        if layer_or_x.training and getattr(layer_or_x, "dropout", 0) > 0:
-            return Choice("torch", "dropout is on: base and update have different inputs, so nothing is fused")
-        return choice
-    if not isinstance(layer_or_x, Tensor):
-        raise TypeError(
-            f"a {type(layer_or_x).__name__} was given; a layer or the operands of rank_lora_linear are accepted."
-        )
-    gate = call_args[4] if gate is None and len(call_args) > 4 else gate
-    gate_shape = gate.shape if isinstance(gate, Tensor) else (0,)
-    return choose(backend or "auto", layer_or_x.device, layer_or_x.dtype, gate_shape)
+        return Choice("torch", "asked for by name; rounds the update into the weight's dtype at every call", "merged")
+    obstacle = why_not_triton(device, dtype, gate_shape)
+    if backend == "auto":
+        if obstacle:
+            return Choice("torch", f"Triton was passed over: {obstacle}")
+        return Choice("triton", f"{dtype} on {device.type}; the dispatch table picks variant and tile", "triton")
+    widest = max(ranks) if ranks else gate_shape[-1]
+    if not obstacle and backend in ("one_pass", "leader") and widest > ONE_PASS_MAX_RANK:
+        obstacle = f"it holds all ranks in registers, up to {ONE_PASS_MAX_RANK}, and this one has {widest}"
+    if obstacle:
+        raise RuntimeError(f'backend "{backend}" was asked for but {obstacle}. Pass backend="auto" or "torch".')
+    return Choice("triton", "asked for by name", backend)
+
+
+_NO_GPU: dict[str, Choice] = {}
+
+
+def _no_gpu(device_type: str) -> Choice:
+    reason = f"the tensors are on {device_type}; Triton's kernels need a CUDA or ROCm device"
+    return _NO_GPU.setdefault(device_type, Choice("torch", reason))

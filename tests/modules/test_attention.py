@@ -4,7 +4,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlora import adapter_parameters
 from fastlora.modules.attention import (
     PARTS,
     FusedRankLoRAAttention,
@@ -83,6 +85,60 @@ def test_a_fresh_adapter_computes_open_clips_attention(mask):
     assert isinstance(adapted, FusedRankLoRAAttention)
     x = torch.randn(3, 5, WIDTH)
     torch.testing.assert_close(adapted(x, attn_mask=mask), plain(x, attn_mask=mask))
+
+
+class _Products(TorchDispatchMode):
+    """Counts the products whose result is as wide as one or three projections of the test's 10 rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.widths: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.widths.append(out.shape[-1])
+        return out
+
+
+@pytest.mark.parametrize("make", [multihead, open_clip_attention])
+@pytest.mark.parametrize("parts", [("q", "k", "v"), ("q", "v"), ("k",)])
+def test_self_attention_projects_in_one_product_and_equals_three(make, parts):
+    adapted = adapt_attention(make(), parts, rank=3)
+    train_adapters(adapted)
+    for index, part in enumerate(parts):  # each with its own rank and threshold
+        adapter = getattr(adapted, part)
+        adapter.gate.data[:index] = 0.0
+        adapter.kappa = 0.1 * (index + 1)
+        adapter.prune_()
+    x = torch.randn(2, 5, WIDTH, requires_grad=True)
+
+    def outputs(*inputs):
+        out = adapted(*inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *adapter_parameters(adapted)])]
+
+    with _Products() as products:
+        packed = outputs(x, x, x)
+    assert products.widths.count(3 * WIDTH) == 1
+    with _Products() as products:
+        separate = outputs(x, x.view_as(x), x.view_as(x))  # another tensor object: keys that are not the queries
+    assert 3 * WIDTH not in products.widths
+    for ours, expected in zip(packed, separate):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_options_that_differ_or_dropout_take_three_calls():
+    adapted = adapt_attention(multihead(), PARTS, rank=3)
+    x = torch.randn(2, 5, WIDTH)
+    adapted.q.scaling = 2.0
+    with _Products() as products:
+        adapted(x, x, x, need_weights=False)
+    assert 3 * WIDTH not in products.widths
+    adapted = adapt_attention(multihead(), PARTS, rank=3, dropout=0.5).train()
+    with _Products() as products:
+        adapted(x, x, x, need_weights=False)
+    assert 3 * WIDTH not in products.widths
 
 
 @pytest.mark.parametrize("make", [multihead, open_clip_attention])

@@ -188,6 +188,24 @@ def test_compile_has_one_graph_and_a_new_kappa_recompiles_nothing():
     assert layer.gate.grad is not None
 
 
+def test_recompute_keeps_the_input_alone():
+    layer = trained()
+    x = torch.randn(6, 12, requires_grad=True)
+
+    def saved_and_gradients():
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+            y = layer(x)
+        return saved, torch.autograd.grad(y.sum(), [x, layer.lora_a, layer.lora_b, layer.gate])
+
+    saved, expected = saved_and_gradients()
+    assert (6, layer.rank) in saved
+    layer.recompute = True
+    saved, gradients = saved_and_gradients()
+    assert (6, 12) in saved and (6, layer.rank) not in saved
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected))
+
+
 def test_checkpoint_and_export():
     layer = trained()
     x = torch.randn(5, 12, requires_grad=True)
@@ -235,3 +253,8 @@ def test_only_a_plain_linear_is_wrapped():
         FusedRankLoRALinear.from_linear(trained())
     with pytest.raises(ValueError, match="has a bias"):
         FusedRankLoRALinear.from_linear(nn.Linear(3, 3), bias=False)
+
+
+def test_meta_tensors_give_shapes():
+    layer = FusedRankLoRALinear(12, 10, rank=4, device="meta")
+    assert layer(torch.empty(5, 12, device="meta")).shape == (5, 10)

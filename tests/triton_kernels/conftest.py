@@ -6,26 +6,13 @@ import mmap
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import assert_as_exact_as_torch
 
 
 @pytest.fixture
 def check():
-    """Fail where an error against float64 is over twice that of the same formula in PyTorch in the same dtype.
-
-    The floor is an eighth of the dtype's epsilon, plus 4 float32 roundings for sums in another order; of less than 16
-    elements, half an epsilon: one rounding of s, that no other elements average out.
-    """
-
-    def compare(ours: dict, plain: dict, truth: dict) -> None:
-        dtype = plain["y"].dtype
-        for name, exact in truth.items():
-            floor = torch.finfo(dtype).eps / (8 if exact.numel() >= 16 else 2) + 4 * torch.finfo(torch.float32).eps
-            limit = 2 * relative_error(plain[name], exact) + floor
-            error = relative_error(ours[name], exact)
-            assert error <= limit, f"{name}: error {error:.3g} is over the limit {limit:.3g}"
-
-    return compare
+    """`assert_as_exact_as_torch` in the dtype of y."""
+    return lambda ours, plain, truth: assert_as_exact_as_torch(ours, plain, truth, plain["y"].dtype)
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_more_than_2_to_the_31_elements(name, strides, spread):
 def test_tiles_come_from_one_table():
     for compute in common.COMPUTE_TYPES:
         for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
-            for kernel in ("gemm", "project", "grad"):
+            for kernel in ("gemm", "one_pass", "project", "grad"):
                 for tile in tiles.tile_configs(kernel, compute, arch).values():
                     assert tile.tuned_on == tiles.UNTUNED
                     assert tile.launch["enable_fp_fusion"] is True

@@ -1,0 +1,115 @@
+"""The Triton kernels as an implementation of the op: the launchers behind two custom ops with fakes.
+
+`launch_fwd` and `launch_bwd` choose variant and tile and call the launchers; they are what eager autograd calls. The
+custom ops `fastlora::rank_lora_fwd` and `fastlora::rank_lora_bwd` wrap the same two functions for whatever traces:
+torch.compile, torch.export, fake tensors, tensor subclasses, torch.func. An op boundary costs host time at every call,
+so eager calls on plain tensors do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlora.ops import rank_lora_torch
+from fastlora.ops.plan import make_plan
+from fastlora.ops.rank_lora_torch import Gradients, Ranks
+
+
+def launch_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor, kappa: float | Tensor,
+    scaling: float, ranks: Ranks, variant: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x [M, K] -> y [M, N], s [M, R]; variant "triton" follows the dispatch table."""
+    from fastlora.triton_kernels import rank_lora_fwd
+
+    plan = make_plan("fwd", x, weight, lora_a.shape[0], ranks, variant)
+    if plan.variant == "library":
+        return rank_lora_torch.rank_lora_fwd(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks)
+    return rank_lora_fwd(
+        x, weight, bias, lora_a, lora_b, gate, on_device(kappa, x), scaling,
+        ranks=ranks, variant=plan.variant, tile=plan.tile,
+    )  # fmt: skip
+
+
+def launch_bwd(
+    dy: Tensor, x: Tensor, s: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+    kappa: float | Tensor, scaling: float, ranks: Ranks, needs: Sequence[bool], variant: str,
+) -> Gradients:  # fmt: skip
+    """dy [M, N] -> dx, dlora_a, dlora_b, dgate; None where not needed.
+
+    The adapter's gradients come first: the kernel that reads dy and x for them makes p, which dx then only adds.
+    """
+    from fastlora.triton_kernels import rank_lora_dx, rank_lora_grad
+
+    need_x, *adapter = needs
+    kappa = on_device(kappa, dy)
+    plan = make_plan("dx", dy, weight, lora_a.shape[0], ranks, variant)
+    dx = p = None
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(adapter):
+        *grads, p = rank_lora_grad(x, s, dy, None, lora_a, lora_b, gate, kappa, scaling, *adapter, need_x, ranks=ranks)
+    if need_x and plan.variant == "library":
+        p = rank_lora_torch.project_back(dy, lora_b, ranks) if p is None else p
+        g = rank_lora_torch.effective_gate(gate, kappa, scaling)
+        dx = torch.mm(dy, weight).addmm_(rank_lora_torch.times_gate(p, g), lora_a)
+    elif need_x:
+        dx, _ = rank_lora_dx(
+            dy, weight, lora_a, lora_b, gate, kappa, scaling, ranks=ranks, p=p, variant=plan.variant, tile=plan.tile
+        )
+    return dx, *grads
+
+
+def on_device(kappa: float | Tensor, like: Tensor) -> Tensor:
+    """kappa as the device scalar that kernels read."""
+    return kappa if isinstance(kappa, Tensor) else torch.full((), kappa, dtype=torch.float32, device=like.device)
+
+
+@torch.library.custom_op("fastlora::rank_lora_fwd", mutates_args=())
+def fwd_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor, kappa: Tensor,
+    scaling: float, ranks: Sequence[int] | None, variant: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return launch_fwd(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, _tuple(ranks), variant)
+
+
+@fwd_op.register_fake
+def _(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
+@torch.library.custom_op("fastlora::rank_lora_bwd", mutates_args=())
+def bwd_op(
+    dy: Tensor, x: Tensor, s: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+    kappa: Tensor, scaling: float, ranks: Sequence[int] | None, needs: Sequence[bool], variant: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = launch_bwd(dy, x, s, weight, lora_a, lora_b, gate, kappa, scaling, _tuple(ranks), needs, variant)
+    # a custom op returns tensors only: an empty one stands for "not needed"
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@bwd_op.register_fake
+def _(dy, x, s, weight, lora_a, lora_b, gate, kappa, scaling, ranks, needs, variant):
+    dtypes = (dy.dtype, torch.float32, torch.float32, torch.float32)
+    return tuple(
+        of.new_empty(of.shape, dtype=dtype) if need else dy.new_empty(0)
+        for of, dtype, need in zip((x, lora_a, lora_b, gate), dtypes, needs)
+    )
+
+
+def _tuple(ranks: Sequence[int] | None) -> Ranks:
+    return None if ranks is None else tuple(ranks)
+
+
+def traced_fwd(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant) -> tuple[Tensor, Tensor]:
+    """`launch_fwd` through its custom op."""
+    return fwd_op(x, weight, bias, lora_a, lora_b, gate, on_device(kappa, x), scaling, ranks, variant)
+
+
+def traced_bwd(dy, x, s, weight, lora_a, lora_b, gate, kappa, scaling, ranks, needs, variant) -> Gradients:
+    """`launch_bwd` through its custom op."""
+    kappa = on_device(kappa, dy)
+    grads = bwd_op(dy, x, s, weight, lora_a, lora_b, gate, kappa, scaling, ranks, list(needs), variant)
+    return tuple(grad if need else None for grad, need in zip(grads, needs))
