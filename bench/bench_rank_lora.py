@@ -1,125 +1,142 @@
-"""One adapted layer, forward and backward: ours, PEFT, and the formula as the released CoDyRA code writes it.
+"""One adapted layer, forward, backward and both: fastlora by variant, and everyone else who computes the same.
 
-    pytest bench/bench_rank_lora.py                      times, C1 and C2 against their targets
+    pytest bench/bench_rank_lora.py                      on a CPU its shapes in float32, and C1 and C2 against their targets;
+                                                         on a GPU all shapes and LoRAFusion's grid in bfloat16
     pytest bench/bench_rank_lora.py --small              tiny shapes
 
-Single thread, process time. Every rival is checked against the float64 definition before it is timed.
+Every rival is checked against the float64 definition before it is timed. On a CPU: one thread. On a GPU a call's time is
+that of a turn through inputs larger than the L2 over their number, and extra_info also holds device times, launched
+eagerly and replayed as a CUDA graph. For ratios on a GPU see gpu_suite.py, whose rivals take turns.
 """
 
 from __future__ import annotations
 
-import peft
 import pytest
+import rivals
 import torch
-from shapes import CPU_SHAPES, SMALL_SHAPES, Shape
-from torch import nn
-
-from fastlora import FusedRankLoRALinear, reference
+import torch._functorch.config
+from gpu import timing
+from rivals import peft_layer
+from rivals.case import Case, Check, make_operands
+from shapes import CPU_SHAPES, GPU_SHAPES, LORAFUSION_SHAPES, SMALL_GPU_SHAPES, Shape, cpu_shapes
 
 # goals C1 and C2: forward + backward against PEFT; bytes saved for backward against the bytes of x
 C1_TARGETS = {"b16-proj": 0.93, "b16-fc1": 0.85}
 C2_TARGET = 1.022
-RIVALS = ("fastlora", "peft", "as released", "frozen linear")
+MODES = ("forward", "backward", "both")
+CUDA = torch.cuda.is_available()
 
 
-def build(rival: str, shape: Shape) -> nn.Module:
-    """The same function of x in each case: gates are one for PEFT, which has none."""
-    torch.manual_seed(0)
-    linear = nn.Linear(shape.k, shape.n)
-    layer = FusedRankLoRALinear.from_linear(linear, shape.r, gate_init="ones")
-    layer.lora_b.data.normal_(std=0.1)
-    if rival == "fastlora":
-        return layer
-    if rival == "peft":
-        return _peft(linear, layer, shape)
-    if rival == "as released":
-        return _AsReleased(layer)
-    return linear.requires_grad_(False)
+def pytest_generate_tests(metafunc):
+    small = metafunc.config.getoption("--small")
+    if "shape" in metafunc.fixturenames:
+        # of the small ones a plain and a packed layer
+        layers = SMALL_GPU_SHAPES[:2] if small else (*GPU_SHAPES, *LORAFUSION_SHAPES) if CUDA else CPU_SHAPES
+        metafunc.parametrize("shape", layers, ids=str)
+    if "cpu_shape" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_shape", cpu_shapes(small), ids=str)
 
 
-def _peft(linear: nn.Linear, layer: FusedRankLoRALinear, shape: Shape) -> nn.Module:
-    config = peft.LoraConfig(r=shape.r, lora_alpha=shape.r, target_modules=["0"])
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(shape.k, shape.n)), config)
-    adapted = model.base_model.model[0]
-    adapted.base_layer.load_state_dict(linear.state_dict())
-    adapted.lora_A["default"].weight.data.copy_(layer.lora_a)
-    adapted.lora_B["default"].weight.data.copy_(layer.lora_b)
-    return adapted
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rival", rivals.ALL)
+def test_layer(benchmark, facts, limits, small, rival, mode, shape):
+    device = torch.device("cuda" if CUDA else "cpu")
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    rotations = timing.rotations_for(device, shape.m * (shape.k + shape.n) * dtype.itemsize)
+    operands = make_operands(shape, dtype, device, rotations=rotations)
+    try:
+        case = rivals.build(rival, operands, small=small)
+    except rivals.Absent as absent:
+        pytest.skip(str(absent))
+    if case.checked:
+        Check(operands, gradient=mode != "forward").worst(case)
+    calls = calls_of(case, mode, rotations)
+    flops, moved = shape.flops(mode), shape.bytes(mode, dtype.itemsize)
+    benchmark.group = f"{mode} {shape}"
+    benchmark.extra_info.update(
+        facts, dtype=str(dtype).removeprefix("torch."), shape=str(shape), flops=flops, bytes=moved, note=case.note
+    )
+    calls_a_round = rotations if CUDA else 1
+    benchmark(turn(calls, calls_a_round))
+    seconds = benchmark.stats.stats.median / calls_a_round if benchmark.stats else None
+    if CUDA:
+        seconds = device_seconds(benchmark.extra_info, calls, device, rotations)
+    if seconds:
+        benchmark.extra_info.update(
+            tflops=flops / seconds / 1e12,
+            gbs=moved / seconds / 1e9,
+            share_of_limit=max(flops / limits.flops, moved / limits.bytes) / seconds,
+        )
 
 
-class _AsReleased(nn.Module):
-    def __init__(self, layer: FusedRankLoRALinear) -> None:
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        self.lora_A, self.lora_B = nn.Parameter(layer.lora_a.detach()), nn.Parameter(layer.lora_b.detach())
-        self.gate = nn.Parameter(layer.gate.detach()[None])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        update = (x @ self.lora_A.t()).mul(self.gate) @ self.lora_B.t()
-        return nn.functional.linear(x, self.weight, self.bias) + update
+def calls_of(case: Case, mode: str, rotations: int):
+    """call(i), i the number of its input."""
+    if mode != "backward":
+        return getattr(case, mode)
+    # a graph that is walked again and again may not give its buffers away
+    torch._functorch.config.donated_buffer = False
+    backwards = [case.backward(i) for i in range(rotations)]
+    return lambda i: backwards[i]()
 
 
-def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor):
-    """A call that runs forward and backward; gradients are dropped, as an optimizer step would."""
+def turn(calls, count: int):
+    """What pytest-benchmark times: one call on a CPU; on a GPU a turn through all inputs, waited for once."""
+    if not CUDA:
+        return lambda: calls(0)
+    return lambda: ([calls(i) for i in range(count)], torch.cuda.synchronize())
+
+
+def device_seconds(extra_info: dict, calls, device: torch.device, rotations: int) -> float | None:
+    """Seconds of one call by the device's clock; notes both ways of launching."""
+    for graph in (False, True):
+        series = timing.interleaved({"call": calls}, device, rotations, seconds=0.2, graph=graph)["call"]
+        extra_info["graph_us" if graph else "eager_us"] = series.summary()
+    best = [extra_info[key]["median"] for key in ("graph_us", "eager_us") if extra_info[key]["median"]]
+    return best[0] / 1e6 if best else None
+
+
+def step(case: Case):
+    """A call that runs forward and backward as training does; gradients are dropped, as an optimizer step would."""
+    x, dy = case.operands.xs[0], case.operands.dys[0]
 
     def run() -> torch.Tensor:
-        for parameter in layer.parameters():
-            parameter.grad = None
-        x.grad = None
-        y = layer(x)
+        for leaf in (x, *case.leaves):
+            leaf.grad = None
+        (y,) = case.forward()
         y.backward(dy)
         return y
 
     return run
 
 
-def make_step(rival: str, shape: Shape):
-    layer = build(rival, shape)
-    torch.manual_seed(1)
-    x = torch.randn(shape.m, shape.k, requires_grad=True)
-    run = step(layer, x, torch.randn(shape.m, shape.n))
-    if rival != "frozen linear":
-        _check(run(), shape, x)
-    return run
+def cpu_case(rival: str, shape: Shape) -> Case:
+    peft, absent = peft_layer.installed()
+    if rival == "peft" and peft is None:
+        pytest.skip(absent)
+    operands = make_operands(shape, torch.float32, "cpu")
+    case = rivals.build(rival, operands)
+    if case.checked:
+        Check(operands).worst(case)
+    return case
 
 
-def _check(y: torch.Tensor, shape: Shape, x: torch.Tensor) -> None:
-    ours = build("fastlora", shape)
-    operands = (ours.weight, ours.bias, ours.lora_a, ours.lora_b, ours.gate)
-    truth = reference.rank_lora_linear(x.detach().double(), *(t.detach().double() for t in operands))
-    torch.testing.assert_close(y.detach().double(), truth, atol=1e-4, rtol=1e-4)
+def test_c1_ratio_to_peft(ratio, goal, cpu_shape):
+    measured = _to_peft(ratio, "ours module", cpu_shape)
+    goal(f"C1 fwd+bwd / PEFT, {cpu_shape}", measured, C1_TARGETS.get(cpu_shape.name, 0.93))
 
 
-def pytest_generate_tests(metafunc):
-    if "shape" in metafunc.fixturenames:
-        shapes = SMALL_SHAPES if metafunc.config.getoption("--small") else CPU_SHAPES
-        metafunc.parametrize("shape", shapes, ids=str)
-
-
-@pytest.mark.parametrize("rival", RIVALS)
-def test_forward_and_backward(benchmark, facts, rival, shape):
-    benchmark.group = f"forward + backward {shape}"
-    flops = 4 * shape.m * shape.k * shape.n
-    benchmark.extra_info.update(facts, dtype="float32", shape=str(shape), base_flops=flops)
-    benchmark(make_step(rival, shape))
-
-
-def test_c1_ratio_to_peft(ratio, goal, shape):
-    goal(f"C1 fwd+bwd / PEFT, {shape}", _to_peft(ratio, "fastlora", shape), C1_TARGETS.get(shape.name, 0.93))
-
-
-@pytest.mark.parametrize("rival", ["frozen linear", "as released"])
-def test_c1_of_the_limit_and_of_the_formula_as_written(ratio, goal, shape, rival):
-    goal(f"   the same for {rival}, {shape}", _to_peft(ratio, rival, shape))
+@pytest.mark.parametrize("rival", ["linear", "as released"])
+def test_c1_of_the_limit_and_of_the_formula_as_written(ratio, goal, cpu_shape, rival):
+    goal(f"   the same for {rival}, {cpu_shape}", _to_peft(ratio, rival, cpu_shape))
 
 
 def _to_peft(ratio, rival: str, shape: Shape) -> float:
-    return ratio(make_step(rival, shape), make_step("peft", shape))
+    return ratio(step(cpu_case(rival, shape)), step(cpu_case("peft", shape)))
 
 
-def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
+def saved_bytes(case: Case) -> int:
     """Bytes that a forward keeps for its backward, parameters aside; memory that is shared counts once."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    own = {t.untyped_storage().data_ptr() for t in (case.operands.weight, case.operands.bias, *case.leaves)}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -129,17 +146,18 @@ def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
-        del y
+        outputs = case.forward()
+        del outputs
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("rival", ["fastlora", "peft", "as released"])
-def test_c2_saved_bytes(goal, rival, shape):
-    x = torch.randn(shape.m, shape.k, requires_grad=True)
-    share = saved_bytes(build(rival, shape), x) / (x.numel() * x.element_size())
-    if rival == "fastlora":
-        assert share == 1 + shape.r / shape.k
-        goal(f"C2 saved bytes / bytes of x, {shape}", share, C2_TARGET)
+@pytest.mark.parametrize("rival", ["ours module", "peft", "as released"])
+def test_c2_saved_bytes(goal, rival, cpu_shape):
+    case = cpu_case(rival, cpu_shape)
+    x = case.operands.xs[0]
+    share = saved_bytes(case) / (x.numel() * x.element_size())
+    if rival == "ours module":
+        assert share == 1 + cpu_shape.r / cpu_shape.k
+        goal(f"C2 saved bytes / bytes of x, {cpu_shape}", share, C2_TARGET)
     else:
-        goal(f"   the same for {rival}, {shape}", share)
+        goal(f"   the same for {rival}, {cpu_shape}", share)

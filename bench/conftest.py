@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import pytest
 import torch
+from gpu import timing
 
 _GOALS: list[tuple[str, float, float | None]] = []
 
@@ -30,12 +33,50 @@ def facts() -> dict[str, str]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     return {
-        "device": _cpu_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "driver": _driver() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
     }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0] or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+class Limits(NamedTuple):
+    """What the device can do, a second: operations of a large product, bytes read and written by a large copy."""
+
+    flops: float
+    bytes: float
+
+
+@pytest.fixture(scope="session")
+def limits(request) -> Limits:
+    """Measured once, in the dtype that the benchmarks use on this device."""
+    cuda, small = torch.cuda.is_available(), request.config.getoption("--small")
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+    side, count = (64, 1 << 12) if small else (8192, 1 << 30) if cuda else (1024, 1 << 26)
+    matrix, source = torch.randn(side, side, device=device).to(dtype), torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    calls = {"product": lambda i: torch.mm(matrix, matrix), "copy": lambda i: target.copy_(source)}
+    series = timing.interleaved(calls, device, 1)
+    product, copy = (series[name].median / 1e6 for name in calls)
+    return Limits(2 * side**3 / product, 8 * count / copy)
 
 
 def _cpu_name() -> str:

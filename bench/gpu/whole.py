@@ -1,0 +1,215 @@
+"""What acts on all adapters of a model at once: the merge (G8) and the optimizer with its proximal step (G9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import ops, reference
+from fastlora.optim import ProxAdamW
+from gpu import timing
+from gpu.context import Context, told
+
+KAPPA, LR, BETAS = 1e-4, 5e-4, (0.9, 0.9999)
+Adapters = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def module_shapes(small: bool) -> list[tuple[int, int]]:
+    """[N, K] of the 144 adapted matrices of CLIP ViT-B/16: q, k, v, out, c_fc, c_proj of 12 blocks in both towers."""
+    widths, blocks = ((16, 8), 1) if small else ((768, 512), 12)
+    per_block = [[(d, d)] * 4 + [(4 * d, d), (d, 4 * d)] for d in widths]
+    return [shape for tower in per_block for _ in range(blocks) for shape in tower]
+
+
+def _adapters(run: Context, dtype: torch.dtype, scale: float) -> tuple[list[Tensor], Adapters]:
+    generator = torch.Generator(run.device).manual_seed(0)
+
+    def normal(*size: int, factor: float = 1.0) -> Tensor:
+        return torch.randn(*size, generator=generator, device=run.device).mul_(factor)
+
+    r = 4 if run.small else 16
+    weights, adapters = [], []
+    for n, k in module_shapes(run.small):
+        weights.append(normal(n, k, factor=k**-0.5).to(dtype))
+        # no gate near zero: every rank is at work in every rival
+        adapters.append((normal(r, k, factor=k**-0.5), normal(n, r, factor=scale), normal(r).sign() + 0.1 * normal(r)))
+    return weights, adapters
+
+
+def merge(run: Context) -> None:
+    """merge_ as users call it, and without its first look, against a loop of addmm_, for both half types."""
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        if run.small or run.left() > 3:
+            run.put(name, _merge_in(run, dtype))
+        else:
+            run.put(name, {"reason": "skipped: budget"})
+
+
+def _merge_in(run: Context, dtype: torch.dtype) -> dict[str, Any]:
+    # a thousand merges of so small an update leave every weight finite
+    weights, adapters = _adapters(run, dtype, 1e-5)
+    lora_as, lora_bs, gates = (list(each) for each in zip(*adapters))
+    half = [(b.to(dtype), a.to(dtype), g.to(dtype)) for a, b, g in adapters]
+
+    def addmm_loop() -> None:
+        for weight, (b, a, g) in zip(weights, half):
+            weight.addmm_(b * g, a)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "merge_": lambda: ops.merge_(weights, lora_as, lora_bs, gates),
+        "merge_ check=False": lambda: ops.merge_(weights, lora_as, lora_bs, gates, check=False),
+        "addmm_ loop": addmm_loop,
+    }
+    run.begin(f"check of merge_, {dtype}")
+    report = _check_merge(weights, adapters)
+    run.begin(f"timing merge_, {dtype}")
+    series = timing.interleaved({name: _ignoring(call) for name, call in runs.items()}, run.device, 1, seconds=1.0)
+    moved = 2 * sum(w.numel() * w.element_size() for w in weights) + sum(
+        t.numel() * t.element_size() for adapter in adapters for t in adapter
+    )
+    result: dict[str, Any] = {"modules": len(weights), "bytes": moved, "backend": report, "graph_reason": _NO_GRAPH}
+    for name, call in runs.items():
+        run.begin(f"profile of {name}")
+        profile = _profile(run, call)
+        kernel_us = profile.get("kernel_us")
+        share = moved / (kernel_us * 1e-6) / run.peak_bytes if kernel_us and run.peak_bytes else None
+        result[name] = {
+            "eager_us": series[name].summary(),
+            "to addmm_ loop": series[name].over(series["addmm_ loop"]),
+            "profile": profile,
+            "share_of_copy": share,
+        }
+    return result
+
+
+_NO_GRAPH = "merge_ returns a report, so it waits for the device and cannot be captured"
+
+
+def _check_merge(weights: Sequence[Tensor], adapters: Adapters) -> str:
+    """Every weight as the definition says, to one rounding; returns which backend merged."""
+    merged = [weight.clone() for weight in weights[:6]]
+    lora_as, lora_bs, gates = (list(each)[:6] for each in zip(*adapters))
+    # visible after rounding, unlike the update that is timed
+    lora_bs = [b * 1e4 for b in lora_bs]
+    report = ops.merge_(merged, lora_as, lora_bs, gates)
+    for got, weight, *adapter in zip(merged, weights, lora_as, lora_bs, gates):
+        expected = reference.merge(weight, *adapter)
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-4)
+    return report.backend
+
+
+def _profile(run: Context, call: Callable[[], Any], calls: int = 5) -> dict[str, Any]:
+    try:
+        return timing.device_profile(call, run.device, calls)
+    except Exception as error:  # profilers fail for reasons of their own; the times above stand without it
+        run.check_alive()
+        return {"kernel_us": None, "launches": None, "reason": told(error)}
+
+
+def _ignoring(call: Callable[[], Any]) -> timing.Call:
+    return lambda i: call()
+
+
+def optimizer(run: Context) -> None:
+    """One step over 432 tensors with the proximal step on 144 gates, against two compositions of torch's own."""
+    run.begin("check of the optimizers")
+    _check_optimizers(run)
+    eager = {name: _make_step(run, make, False) for name, make in OPTIMIZERS.items()}
+    run.begin("timing the optimizers")
+    series = timing.interleaved({n: _ignoring(step) for n, step in eager.items()}, run.device, 1, seconds=1.0)
+    captured: dict[str, timing.Call] = {}
+    for name, make in OPTIMIZERS.items():
+        captured[name] = _ignoring(_make_step(run, make, True))
+    run.begin("capturing the optimizers")
+    graphs = timing.interleaved(captured, run.device, 1, seconds=1.0, graph=True, uncapturable=UNCAPTURABLE)
+    for name, step in eager.items():
+        to = {
+            base: {"eager": series[name].over(series[base]), "graph": graphs[name].over(graphs[base])}
+            for base in OPTIMIZERS
+        }
+        times = {"eager_us": series[name].summary(), "graph_us": graphs[name].summary()}
+        run.put(name, {**times, "profile": _profile(run, step), "to": to})
+
+
+def _make_step(run: Context, make: Callable[..., Callable[[], None]], capturable: bool) -> Callable[[], None]:
+    _, adapters = _adapters(run, torch.float32, 0.1)
+    parameters = [[torch.nn.Parameter(t) for t in adapter] for adapter in adapters]
+    generator = torch.Generator(run.device).manual_seed(1)
+    for adapter in parameters:
+        for parameter in adapter:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, device=run.device)
+    directions = [p for a, b, _ in parameters for p in (a, b)]
+    return make(directions, [gate for _, _, gate in parameters], capturable and run.device.type == "cuda")
+
+
+def _ours(directions: list[Tensor], gates: list[Tensor], capturable: bool) -> Callable[[], None]:
+    step = ProxAdamW([{"params": directions}, {"params": gates, "prox": True}], lr=LR, betas=BETAS)
+    step.kappa = KAPPA
+    for group in step.param_groups if capturable else ():
+        group["capturable"] = True
+    return step.step
+
+
+def _fused_and_foreach(directions: list[Tensor], gates: list[Tensor], capturable: bool) -> Callable[[], None]:
+    options = {"lr": LR, "betas": BETAS, "weight_decay": 0.0, "capturable": capturable}
+    adamw = torch.optim.AdamW(directions + gates, fused=True, **options)
+
+    @torch.no_grad()
+    def step() -> None:
+        adamw.step()
+        magnitudes = torch._foreach_abs(gates)
+        torch._foreach_sub_(magnitudes, KAPPA)
+        torch._foreach_clamp_min_(magnitudes, 0.0)
+        signs = torch._foreach_sign(gates)
+        torch._foreach_mul_(signs, magnitudes)
+        torch._foreach_copy_(gates, signs)
+
+    return step
+
+
+def _as_released(directions: list[Tensor], gates: list[Tensor], capturable: bool) -> Callable[[], None]:
+    adamw = torch.optim.AdamW(directions + gates, lr=LR, betas=BETAS, weight_decay=0.0, capturable=capturable)
+
+    def step() -> None:
+        adamw.step()
+        for gate in gates:
+            released_prox(gate, KAPPA)
+
+    return step
+
+
+def released_prox(gate: Tensor, kappa: float) -> None:
+    """The published proximal step; every boolean mask waits for the device."""
+    gate.data[gate.data > kappa] -= kappa
+    gate.data[gate.data < -kappa] += kappa
+    gate.data[gate.data.abs() < kappa] = 0.0
+
+
+UNCAPTURABLE = {"as released": "its boolean masks wait for the device"}
+OPTIMIZERS: dict[str, Callable[..., Callable[[], None]]] = {
+    "ProxAdamW": _ours,
+    "fused AdamW + foreach prox": _fused_and_foreach,
+    "as released": _as_released,
+}
+
+
+def _check_optimizers(run: Context) -> None:
+    """Three steps of ours leave what three steps of torch's AdamW and the exact operator leave."""
+    found = []
+    for make in (_ours, _fused_and_foreach):
+        kept: list[Tensor] = []
+
+        def keeping(directions: list[Tensor], gates: list[Tensor], capturable: bool, make=make, kept=kept):
+            kept += directions + gates
+            return make(directions, gates, capturable)
+
+        step = _make_step(run, keeping, False)
+        for _ in range(3):
+            step()
+        found.append([t.detach().clone() for t in kept])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
