@@ -1,6 +1,7 @@
 # make test   create the environment, install, run the whole test suite
 # make demo   create the environment, install, train CoDyRA and plain LoRA on the embedded benchmark, compare them
 # make bench  the CPU benchmarks       make lint  ruff       make clean  remove what make made
+# make aot    compile every Triton kernel for every target, on the newest Triton and on 3.6; the resource tables into docs/
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs/demo
@@ -12,7 +13,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install test demo bench results lint clean
+.PHONY: install test demo bench results aot aot36 lint clean
 
 install: $(VENV)/installed
 
@@ -43,8 +44,21 @@ bench: install
 results: install
 	$(BIN)/python bench/demo_table.py --out bench/results/demo.json
 
+AOT := -m fastlora.triton_kernels.aot
+
+aot: install aot36
+	$(BIN)/python $(AOT) --csv bench/results/aot.csv --docs docs/kernels.md
+
+# Triton 3.6 over the packages of the environment beside it; its interpreter needs numpy < 2.4
+aot36: install
+	test -x $(VENV)36/bin/python || $(PYTHON) -m venv $(VENV)36
+	$(VENV)36/bin/python -m pip install --quiet 'triton==3.6.*' 'numpy<2.4'
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
+	  > $$($(VENV)36/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beside.pth
+	$(VENV)36/bin/python $(AOT) --csv bench/results/aot_triton36.csv
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs fastlora/_C*.so fastlora/_build_info.json
+	rm -rf $(VENV) $(VENV)36 build dist *.egg-info runs fastlora/_C*.so fastlora/_build_info.json

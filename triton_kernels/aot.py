@@ -29,6 +29,7 @@ from fastlora.triton_kernels.aot_read import read_resources
 from fastlora.triton_kernels.aot_report import MARKERS, Record, table, write_csv, write_docs
 from fastlora.triton_kernels.rank_lora_fwd import compile_cases as fwd_cases
 from fastlora.triton_kernels.rank_lora_grad import compile_cases as grad_cases
+from fastlora.triton_kernels.rank_lora_tma import compile_cases as tma_cases
 from fastlora.triton_kernels.rank_project import compile_cases as project_cases
 
 
@@ -52,7 +53,7 @@ TARGETS = {
 
 def cases(target: str) -> Iterator[CompileCase]:
     """Every compile of a target."""
-    for family_cases in (project_cases, fwd_cases, grad_cases):
+    for family_cases in (project_cases, fwd_cases, tma_cases, grad_cases):
         for compute in common.COMPUTE_TYPES:
             if compute == "tf32" and not target.startswith("sm_"):
                 continue  # dot_precision never asks for it there
@@ -67,6 +68,8 @@ def limits_broken(record: Record) -> list[str]:
     has_dot = not record.label.startswith(("grad finish", "grad gate"))
     if has_dot and record.dtype != "fp32" and record.mmas == 0:
         broken.append("no tensor-core instruction")
+    if record.label.startswith("tma") and record.bulk_copies == 0:
+        broken.append("no bulk copy by descriptor")
     if record.traps:
         broken.append(f"{record.traps} trap instruction(s)")
     if record.spills:

@@ -218,7 +218,9 @@ def _gated_gemm(x, weight, bias, down, up, gate, kappa, scaling, s, ranks, varia
     (m, k), n, r, widths = x.shape, weight.shape[0], gate.shape[-1], ranks or (gate.shape[-1],)
     assert weight.shape == (n, k) and weight.dtype == up.dtype == x.dtype and max(m, n, k) <= common.MAX_SIDE
     assert sum(widths) == r <= common.MAX_RANK and up.shape == ((n, r) if ranks is None else (n // 3 * r,))
-    assert gate.dim() == 1 or (ranks is None and m % max(gate.shape[0], 1) == 0)
+    assert ranks is None or (len(ranks) == 3 and n % 3 == 0 and gate.dim() == 1 and up.is_contiguous())
+    assert gate.dim() == 1 or m == 0 or m % gate.shape[0] == 0
+    assert s is not None or (down.shape == (r, k) and down.dtype == x.dtype)
     assert kappa.dim() == 0 or kappa.shape == (r,)
     if s is None:
         _refuse_many_ranks(variant, widths)
@@ -230,7 +232,7 @@ def _gated_gemm(x, weight, bias, down, up, gate, kappa, scaling, s, ranks, varia
     variant = variant if s is None else "split"
     tile = tile or tiles.pick_gemm_tile(x, weight, variant, widths)
     gemm = _pointer_gemm
-    if tile.tma:  # not above: descriptors are newer than some of the targets
+    if tile.tma:  # imported here: other tiles do not need it
         from fastlora.triton_kernels.rank_lora_tma import tma_gemm as gemm
     return gemm(x, weight, bias, down, up, gate, kappa, scaling, s, ranks=ranks, variant=variant, tile=tile)
 
@@ -255,6 +257,7 @@ def _pointer_gemm(x, weight, bias, down, up, gate, kappa, scaling, s, *, ranks, 
     else:
         block_r = tiles.rank_block(max(ranks))
         s = torch.empty((m, r), dtype=x.dtype, device=x.device)
+    step_r = tiles.rank_step(max(ranks), *((s, up) if parts == 1 else (s,)), aligned=parts == 1 or aligned)
     num_m, num_n = triton.cdiv(m, tile.block_m), triton.cdiv(n // parts, tile.block_n) * parts
     programs, ready = num_m * num_n, x
     if variant == "leader":
@@ -273,10 +276,8 @@ def _pointer_gemm(x, weight, bias, down, up, gate, kappa, scaling, s, *, ranks, 
             stride_kappa=kappa.stride(0) if kappa.dim() else 0,
             VARIANT=variant, PARTS=parts, ALIGNED_RANKS=aligned, ROW_GATE=gate.dim() == 2, HAS_BIAS=bias is not None,
             EVEN_K=k % tile.block_k == 0, PRECISION=common.dot_precision(common.compute_type(x)),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r,
-            STEP_R=tiles.rank_step(max(ranks), s, *([up] if parts == 1 else []), aligned=aligned or parts == 1),
-            GROUP_M=tile.group_m,
-            **tile.launch,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r, STEP_R=step_r,
+            GROUP_M=tile.group_m, **tile.launch,
         )  # fmt: skip
     return y, s
 
@@ -284,7 +285,8 @@ def _pointer_gemm(x, weight, bias, down, up, gate, kappa, scaling, s, *, ranks, 
 def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
     """Every shipped config in each variant that uses it, operands contiguous as forward (y) and dX (dx) read them.
 
-    Packed projections only as y, where they have the most to do; row gates only as dx.
+    Packed projections only as y, where they have the most to do; row gates only as dx. The variants that hold all ranks
+    do so for 16, in every size, and for 64 that are read one element at a time, but in "large", which is for 16 only.
     """
     element, kernel = common.element_type(compute), rank_lora_fwd_kernel
     operands = ("x_ptr", "weight_ptr", "bias_ptr", "down_ptr", "up_ptr", "s_ptr", "y_ptr")
@@ -315,8 +317,14 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
             yield case("split", "y", size, tile, 16, ())
             yield case("split", "y", size, tile, wide, ())
             yield case("split", "row gate", size, tile, wide, ())
-    held = {"large": (16, ()), "ragged": (64, everything)}
     for size, tile in tiles.tile_configs("one_pass", compute, arch).items():
-        r, odd = held.get(size, (64, aot_cases.ODD_RANK))
-        for variant, role in (("one_pass", "y"), ("one_pass", "row gate"), ("leader", "packed"), ("leader", "dx")):
-            yield case(variant, role, size, tile, r, odd)
+        if size != "ragged":
+            yield case("one_pass", "y", size, tile, 16, ())
+            yield case("leader", "packed", size, tile, 16, ())
+            yield case("leader", "row gate", size, tile, 16, ())
+        if size != "large":
+            odd = everything if size == "ragged" else aot_cases.ODD_RANK
+            yield case("one_pass", "y", size, tile, 64, odd)
+            yield case("one_pass", "row gate", size, tile, 64, odd)
+            yield case("leader", "packed", size, tile, 64, odd)
+            yield case("leader", "dx", size, tile, 64, odd)

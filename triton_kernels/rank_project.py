@@ -128,14 +128,15 @@ ROLES = (("s", 1, ("stride_dk",)), ("p", 1, ("stride_dr",)), ("packed", 3, ("str
 
 
 def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
-    """Every shipped config, operands contiguous as forward (s) and dX (p) read them, and packed."""
+    """Every shipped config, operands contiguous as forward (s) and dX (p) read them; packed at the most ranks."""
     element, kernel = common.element_type(compute), rank_project_kernel
     pointers = dict.fromkeys(("x_ptr", "down_ptr", "s_ptr"), f"*{element}")
     fixed = {"PRECISION": common.dot_precision(compute), "stride_xk": 1}
     for size, tile in tiles.tile_configs("project", compute, arch).items():
         blocks = fixed | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-        for r, odd in aot_cases.rank_cases(size, kernel):
+        cases = aot_cases.rank_cases(size, kernel)
+        for r, odd in cases:
             ranks = blocks | {"BLOCK_R": r, "EVEN_K": not odd, "ALIGNED_RANKS": not odd}
-            for role, parts, units in ROLES:
+            for role, parts, units in ROLES if (r, odd) == cases[-1] else ROLES[:2]:
                 constexprs = ranks | {"PARTS": parts} | dict.fromkeys(units, 1)
                 yield CompileCase(kernel, f"project {role} {size}", compute, r, pointers, constexprs, tile, odd)

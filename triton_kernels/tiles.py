@@ -27,7 +27,7 @@ ONE_READ_RANKS = 64
 class TileConfig:
     """Tile of one kernel.
 
-    gemm, one_pass: [block_m, block_n] of y per program, block_k of K a step. project: [block_m, all ranks], block_k a step.
+    gemm, one_pass, tma_gemm, tma_one_pass: [block_m, block_n] of y per program, block_k of K a step. project: [block_m, all ranks], block_k a step.
     grad: [block_n columns, all ranks] per program, block_m rows a step. one_read: block_m rows and all ranks per program,
     block_n columns of dy and block_k of x a step.
     """
@@ -40,11 +40,10 @@ class TileConfig:
     group_m: int = 8
     tuned_on: str = UNTUNED
     tma: bool = False
-    warp_specialize: bool = False
 
     def __str__(self) -> str:
         blocks = "x".join(str(block) for block in (self.block_m, self.block_n, self.block_k) if block)
-        kind = " descriptors" * self.tma + " warp-specialized" * self.warp_specialize
+        kind = ", descriptors" if self.tma else ""
         return f"{blocks}, {self.num_warps} warps, {self.num_stages} stages{kind} ({self.tuned_on})"
 
     @property
@@ -105,7 +104,7 @@ _GFX942 = {
     "project": {"narrow": TileConfig(64, 0, 64, 4, 2), "wide": TileConfig(64, 0, 32, 8, 2)},
     "grad": {"narrow": TileConfig(64, 64, 0, 4, 2), "wide": TileConfig(32, 64, 0, 8, 2)},
 }
-# BLOCK_N = 256 beside the ranks' accumulator wants more than the 512 columns of tensor memory
+# 256 columns beside 16 ranks want 528 columns of tensor memory from Triton 3.6; there are 512
 _SM100_ONE_PASS = _SM90["one_pass"] | {"large": TileConfig(128, 128, 64, 8, 4)}
 _SM100 = _SM90 | {"one_pass": _SM100_ONE_PASS, "one_read": _SM90["one_read"] | {"short": TileConfig(64, 32, 32, 8, 3)}}
 _HALF = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
@@ -137,10 +136,43 @@ _INTERPRETED = {
 }
 
 
+# persistent kernels that read by descriptors (`tma`): rank blocks up to 64, but "large" of one_pass up to 16
+_TMA = {
+    "sm_90": {
+        "tma_gemm": {
+            "large": TileConfig(128, 256, 64, 8, 3, tma=True),
+            "medium": TileConfig(128, 128, 64, 8, 4, tma=True),
+            "small": TileConfig(64, 128, 64, 4, 4, tma=True),
+        },
+        "tma_one_pass": {
+            "large": TileConfig(128, 256, 64, 8, 3, tma=True),
+            "medium": TileConfig(128, 128, 64, 8, 3, tma=True),
+        },
+    },
+    "sm_100": {
+        "tma_gemm": {
+            "large": TileConfig(128, 256, 64, 8, 3, tma=True),
+            "medium": TileConfig(128, 128, 64, 8, 3, tma=True),
+        },
+        "tma_one_pass": {
+            "large": TileConfig(128, 128, 64, 8, 4, tma=True),
+            "medium": TileConfig(64, 128, 64, 8, 3, tma=True),
+        },
+    },
+}
+_INTERPRETED |= dict.fromkeys(
+    ("tma_gemm", "tma_one_pass"), {"small": TileConfig(32, 32, 32, 1, 1, group_m=2, tuned_on=SMALL, tma=True)}
+)
+
+
 def tile_configs(kernel: str, compute: str, arch: str) -> dict[str, TileConfig]:
-    """All shipped configs of a kernel ("gemm", "one_pass", "project", "grad", "one_read") by size; the only place they come from."""
+    """All shipped configs of a kernel, as `TileConfig` names them, by size class; the only place they come from."""
+    if kernel.startswith("tma_") and (compute not in ("fp16", "bf16") or arch not in (*_TMA, INTERPRETER)):
+        return {}
     if arch == INTERPRETER:
         return _INTERPRETED[kernel]
+    if kernel.startswith("tma_"):
+        return _TMA[arch][kernel]
     if kernel == "one_read" and arch == "gfx942":
         return {}  # each one tried spills: the masks of its loads take more scalar registers than there are
     if compute in ("fp32", "tf32"):

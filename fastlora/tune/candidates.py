@@ -78,10 +78,10 @@ def default_candidates(call: Call, role: str, device: torch.device) -> list[Cand
     one_launch = role == "dx" or max(call.ranks or (call.r,)) > ONE_PASS_MAX_RANK
     found = [Candidate("library")]
     for variant in ("split",) if one_launch else TRITON_VARIANTS:
-        kernel = "gemm" if variant == "split" else "one_pass"
-        configs = tiles.tile_configs(kernel, common.compute_type(like), common.architecture(like))
-        # two sizes may be one tile
-        found += [Candidate(variant, tile) for tile in dict.fromkeys(configs.values())]
+        for kernel in ("gemm", "tma_gemm") if variant == "split" else ("one_pass", "tma_one_pass"):
+            configs = tiles.tile_configs(kernel, common.compute_type(like), common.architecture(like))
+            # two sizes may be one tile
+            found += [Candidate(variant, tile) for tile in dict.fromkeys(configs.values())]
     return found
 
 
