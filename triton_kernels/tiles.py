@@ -63,7 +63,7 @@ _RAGGED_HALF = {
 }
 _RAGGED_SINGLE = {
     "gemm": {"ragged": TileConfig(32, 32, 16, 4, 3)},
-    "one_pass": {"ragged": TileConfig(16, 16, 16, 8, 2)},
+    "one_pass": {"ragged": TileConfig(16, 16, 16, 4, 2)},
     "project": {"ragged": TileConfig(16, 0, 16, 8, 2)},
     "grad": {"ragged": TileConfig(16, 16, 0, 8, 2)},
     "one_read": {"ragged": TileConfig(16, 16, 16, 8, 1)},
@@ -100,7 +100,12 @@ _SM90 = {
 }
 _GFX942 = {
     "gemm": {"large": TileConfig(128, 128, 32, 8, 2), "small": TileConfig(64, 64, 32, 4, 2)},
-    "one_pass": {"large": TileConfig(128, 128, 32, 8, 2), "small": TileConfig(64, 64, 32, 4, 2)},
+    # few elements a thread: each mask of an element-wise load takes two scalar registers
+    "one_pass": {
+        "large": TileConfig(128, 128, 32, 8, 2),
+        "small": TileConfig(16, 64, 32, 4, 2),
+        "ragged": TileConfig(16, 32, 16, 4, 2),
+    },
     "project": {"narrow": TileConfig(64, 0, 64, 4, 2), "wide": TileConfig(64, 0, 32, 8, 2)},
     "grad": {"narrow": TileConfig(64, 64, 0, 4, 2), "wide": TileConfig(32, 64, 0, 8, 2)},
 }
@@ -119,7 +124,7 @@ _FP32 = {
 _TF32 = {
     "gemm": {"large": TileConfig(128, 128, 32, 8, 3), "small": TileConfig(64, 64, 32, 8, 3)},
     "one_pass": {"large": TileConfig(64, 128, 32, 8, 3), "small": TileConfig(64, 64, 32, 8, 3)},
-    "project": {"narrow": TileConfig(64, 0, 32, 4, 3), "wide": TileConfig(64, 0, 16, 8, 3)},
+    "project": {"narrow": TileConfig(64, 0, 32, 4, 3), "wide": TileConfig(64, 0, 16, 8, 2)},
     "grad": {"narrow": TileConfig(32, 64, 0, 4, 3), "wide": TileConfig(16, 64, 0, 8, 3)},
     "one_read": {
         "narrow": TileConfig(64, 32, 32, 8, 3),
@@ -177,7 +182,7 @@ def tile_configs(kernel: str, compute: str, arch: str) -> dict[str, TileConfig]:
         return {}  # each one tried spills: the masks of its loads take more scalar registers than there are
     if compute in ("fp32", "tf32"):
         return (_FP32 if compute == "fp32" else _TF32)[kernel] | _RAGGED_SINGLE[kernel]
-    return _HALF[arch][kernel] | _RAGGED_HALF[kernel]
+    return _RAGGED_HALF[kernel] | _HALF[arch][kernel]
 
 
 def pick_gemm_tile(
@@ -199,6 +204,19 @@ def pick_gemm_tile(
         if tile and triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) * len(ranks) >= 128:
             return tile
     return tiles["small"]
+
+
+def pick_tma_tile(x: torch.Tensor, weight: torch.Tensor, variant: str, ranks: tuple[int, ...]) -> TileConfig:
+    """The same rule for the descriptor kernels; ask `rank_lora_tma.why_not_tma` first."""
+    kernel = "tma_gemm" if variant == "split" else "tma_one_pass"
+    configs = tile_configs(kernel, compute_type(x), architecture(x))
+    m, n = x.shape[0], weight.shape[0] // len(ranks)
+    sizes = [size for size in configs if size != "large" or variant == "split" or max(ranks) <= 16]
+    for size in sizes:  # from large to small
+        tile = configs[size]
+        if triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) * len(ranks) >= 128:
+            return tile
+    return configs[sizes[-1]]
 
 
 def pick_rank_tile(kernel: str, r: int, *rows: torch.Tensor, aligned: bool = True) -> TileConfig:

@@ -164,7 +164,9 @@ def _plain_of(run: Context, shape: Shape) -> dict[str, Any]:
     truth = torch.nn.functional.linear(xs[0].double(), weight.double(), bias.double())
     limit = 2 * float((calls["linear"](0) - truth).norm()) + torch.finfo(run.dtype).eps / 8 * float(truth.norm())
     entries: dict[str, Any] = {}
-    configs = tiles.tile_configs("gemm", common.compute_type(xs[0]), common.architecture(xs[0]))
+    device = common.compute_type(xs[0]), common.architecture(xs[0])
+    descriptors = {f"tma {name}": tile for name, tile in tiles.tile_configs("tma_gemm", *device).items()}
+    configs = tiles.tile_configs("gemm", *device) | descriptors
     # "ragged" serves operands that are not aligned; these are, except for the interpreter, which has no other
     candidates = {"picked": None, **{name: tile for name, tile in configs.items() if name != "ragged" or run.small}}
     for name, tile in candidates.items():

@@ -10,7 +10,7 @@ from fastlora import ops
 from rivals.case import Absent, Case, Operands
 
 # what is tried by name; "auto" is what users get
-VARIANTS = ("torch", "split", "one_pass", "leader", "merged")
+VARIANTS = ("torch", "split", "one_pass", "leader", "split_tma", "one_pass_tma", "leader_tma", "merged")
 
 
 def why_not(operands: Operands, variant: str) -> str | None:

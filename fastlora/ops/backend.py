@@ -3,6 +3,7 @@
     torch    library  library GEMM, then the rank update added to its output: any device, any floating dtype
              merged   a GEMM over the merged weight, rounded to its dtype at every call: by name only, vector gates only
     triton   split, one_pass, leader  (triton_kernels/rank_lora_fwd.py): float16, bfloat16, float32, R <= 256
+             the same with _tma       by tensor descriptors on sm_90 and newer (triton_kernels/rank_lora_tma.py)
 
 The rule of backend="auto":
 
@@ -11,7 +12,7 @@ The rule of backend="auto":
    says for each call (`ops/dispatch.py`);
 2. "library" otherwise.
 
-"torch" and "triton" name a backend, "library", "merged", "split", "one_pass" and "leader" a variant. What is asked for
+"torch" and "triton" name a backend, the others in the two lists above a variant. What is asked for
 by name runs or raises; "triton" is the dispatch table's choice, which for some calls is the library. Triton itself runs
 its kernels on CPU tensors when TRITON_INTERPRET=1 was set before it was imported.
 """
@@ -26,7 +27,10 @@ import torch
 from torch import Tensor
 
 TRITON_VARIANTS = ("split", "one_pass", "leader")
-BACKENDS = ("torch", "triton", "library", "merged", *TRITON_VARIANTS)
+# a variant by descriptors, by name; in the dispatch table its tile says so
+TMA = "_tma"
+TMA_VARIANTS = tuple(f"{variant}{TMA}" for variant in TRITON_VARIANTS)
+BACKENDS = ("torch", "triton", "library", "merged", *TRITON_VARIANTS, *TMA_VARIANTS)
 TRITON_MAX_RANK = 256
 # one-pass and leader hold all ranks of a projection in registers
 ONE_PASS_MAX_RANK = 64
@@ -117,7 +121,7 @@ def choose(
             return Choice("torch", f"Triton was passed over: {obstacle}")
         return Choice("triton", f"{dtype} on {device.type}; the dispatch table picks variant and tile", "triton")
     widest = max(ranks) if ranks else gate_shape[-1]
-    if not obstacle and backend in ("one_pass", "leader") and widest > ONE_PASS_MAX_RANK:
+    if not obstacle and not backend.startswith(("split", "triton")) and widest > ONE_PASS_MAX_RANK:
         obstacle = f"it holds all ranks in registers, up to {ONE_PASS_MAX_RANK}, and this one has {widest}"
     if obstacle:
         raise RuntimeError(f'backend "{backend}" was asked for but {obstacle}. Pass backend="auto" or "torch".')

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import rank_lora_torch
+from fastlora.ops.backend import TMA_VARIANTS
 from fastlora.ops.plan import make_plan
 from fastlora.ops.rank_lora_torch import Gradients, Ranks
 
@@ -46,6 +47,8 @@ def launch_bwd(
 
     need_x, *adapter = needs
     kappa = on_device(kappa, dy)
+    if variant in TMA_VARIANTS and (any(adapter) or ranks):
+        variant = "split_tma"  # p is there before dx
     plan = make_plan("dx", dy, weight, lora_a.shape[0], ranks, variant)
     dx = p = None
     grads: tuple[Tensor | None, ...] = (None, None, None)

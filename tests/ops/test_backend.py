@@ -34,6 +34,7 @@ def test_the_rule_of_auto(device, dtype, gate_shape, variant):
         ("split", "triton", "split"),
         ("one_pass", "triton", "one_pass"),
         ("leader", "triton", "leader"),
+        ("leader_tma", "triton", "leader_tma"),
     ],
 )
 def test_names_of_backends_and_variants(name, backend, variant):
@@ -49,6 +50,7 @@ def test_names_of_backends_and_variants(name, backend, variant):
         ("triton", torch.device("meta"), torch.float32, (4,), "the tensors are on meta"),
         ("one_pass", CPU, torch.float32, (65,), "all ranks in registers, up to 64, and this one has 65"),
         ("leader", CPU, torch.float32, (7, 65), "all ranks in registers, up to 64, and this one has 65"),
+        ("leader_tma", CPU, torch.float16, (65,), "all ranks in registers, up to 64, and this one has 65"),
         ("merged", CPU, torch.float32, (2, 4), "one merged weight cannot hold a gate of one row a sample"),
     ],
 )

@@ -75,6 +75,25 @@ def test_gate_of_a_sample_and_of_a_token(dtype, gate_shape, backend):
     compare(make_operands((3, 5), 14, 11, 6, dtype, gate_shape=gate_shape), dtype, 0.2, 0.7, backend)
 
 
+@pytest.mark.parametrize("backend", ["split_tma", "one_pass_tma", "leader_tma"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_descriptors_by_name(dtype, backend):
+    compare(make_operands((2, 20), 48, 40, 5, dtype), dtype, 0.2, 0.7, backend)
+
+
+def test_descriptors_by_name_run_or_raise_in_the_forward_and_give_way_in_the_backward():
+    with pytest.raises(
+        RuntimeError, match='"split_tma" was asked for but .* take float16 and bfloat16.*backend="split"'
+    ):
+        rank_lora_linear(*make_operands((4,), 48, 40, 5).tensors(), backend="split_tma")
+    operands = make_operands((4,), 48, 37, 5, torch.float16)  # dy has rows of 74 bytes
+    dy = torch.randn(4, 37).half()
+    gradients = outputs_and_gradients(rank_lora_linear, operands, dy, 0.1, 1.0, backend="one_pass_tma")
+    expected = outputs_and_gradients(rank_lora_linear, operands, dy, 0.1, 1.0, backend="split")
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, atol=0.01, rtol=0.01)
+
+
 @pytest.mark.parametrize("backend", ROW_GATE_BACKENDS)
 def test_a_gate_of_a_sample_is_the_gate_of_its_tokens(backend):
     operands = make_operands((3, 5), 14, 11, 6, gate_shape=(3, 6))
@@ -217,14 +236,55 @@ def test_bad_options_are_refused():
         rank_lora_linear(*operands_with(), backend="cuda")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-@pytest.mark.parametrize(("shape", "k", "n", "r"), [*SHAPES, ((197, 8), 768, 3072, 16)])
-def test_triton_on_the_device(dtype, shape, k, n, r):
-    operands = make_operands(shape, k, n, r, dtype)
+ON_DEVICE = ("split", "one_pass", "leader", "split_tma", "one_pass_tma", "leader_tma")
+
+
+def on_gpu(operands):
     for name in ("x", "weight", "bias", "lora_a", "lora_b", "gate"):
         setattr(operands, name, getattr(operands, name).cuda())
+    return operands
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "split", "one_pass", "leader"])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize(("shape", "k", "n", "r"), [*SHAPES, ((197, 8), 768, 3072, 16)])
+def test_triton_on_the_device(dtype, shape, k, n, r, backend):
+    operands = on_gpu(make_operands(shape, k, n, r, dtype))
     dy = torch.randn(*shape, n, device="cuda").to(dtype)
-    ours = outputs_and_gradients(rank_lora_linear, operands, dy, 0.3, 0.5, backend="triton")
+    ours = outputs_and_gradients(rank_lora_linear, operands, dy, 0.3, 0.5, backend=backend)
     plain, truth = (reference_in(d, operands, dy, 0.3, 0.5) for d in (dtype, torch.float64))
     assert_as_exact_as_torch(ours, plain, truth, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ON_DEVICE)
+@pytest.mark.parametrize("gate_rows", [8, 8 * 197])
+def test_row_gates_on_the_device(backend, gate_rows):
+    operands = on_gpu(make_operands((8, 197), 768, 768, 16, torch.bfloat16, gate_shape=(gate_rows, 16)))
+    dy = torch.randn(8, 197, 768, device="cuda").bfloat16()
+    ours = outputs_and_gradients(rank_lora_linear, operands, dy, 0.3, 0.5, backend=backend)
+    plain, truth = (reference_in(d, operands, dy, 0.3, 0.5) for d in (torch.bfloat16, torch.float64))
+    assert_as_exact_as_torch(ours, plain, truth, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ON_DEVICE)
+def test_a_cuda_graph_replays_forward_and_backward(backend):
+    operands = on_gpu(make_operands((256,), 768, 768, 16, torch.bfloat16)).requires_grad_()
+    kappa, dy = torch.tensor(0.1, device="cuda"), torch.randn(256, 768, device="cuda").bfloat16()
+
+    def step():
+        y = rank_lora_linear(*operands.tensors(), kappa, backend=backend)
+        return y, *torch.autograd.grad(y, operands.trainable(), dy)
+
+    expected = [t.clone() for t in step()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+    kappa.fill_(0.5)  # a new threshold needs no new capture
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step()))

@@ -79,6 +79,11 @@ def test_a_subset_and_other_ranks(variant, ranks):
     compare(variant, make(ranks, shape=(40,), bias=ranks[0] != 0), torch.float32, (0.1, 0.1, 0.1))
 
 
+@pytest.mark.parametrize("variant", ["split_tma", "one_pass_tma", "leader_tma"])
+def test_by_descriptors(variant):
+    compare(variant, make((3, 5, 4), torch.float16, shape=(40,)), torch.float16)
+
+
 @pytest.mark.parametrize("variant", ["library", "split"])
 def test_float32_adapters_beside_half_precision(variant):
     compare(variant, make((3, 5, 4), torch.float16, torch.float32), torch.float16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from fastlora.triton_kernels import TileConfig, is_interpreted, rank_grad_one_re
 if not is_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("dlora_a", "dlora_b", "dgate", "p")
@@ -222,24 +220,6 @@ def test_a_planted_error_of_one_percent_fails(kind, name, path, check):
     results[name] *= 1.01
     with pytest.raises(AssertionError, match=f"^{name}: error"):
         check(results, torch_error, truth)
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """How often each element of a tensor was loaded, by address."""
-    counts, load = Counter(), InterpreterBuilder.create_masked_load
-
-    def counted(self, ptrs, mask, other, *rest):
-        counts.update(ptrs.data[mask.data].tolist())
-        return load(self, ptrs, mask, other, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
-
-    def of(tensor):
-        first, size = tensor.data_ptr(), tensor.element_size()
-        return {counts[first + size * index] for index in range(tensor.numel())}
-
-    return of
 
 
 @pytest.mark.parametrize("kind", ("one", "row", "packed"))
