@@ -1,6 +1,7 @@
 # make test   create the environment, install, run the whole test suite
 # make demo   create the environment, install, train CoDyRA and plain LoRA on the embedded benchmark, compare them
 # make bench  the CPU benchmarks       make lint  ruff       make clean  remove what make made
+# make bench-gpu  every GPU goal: build, correctness on the device, G1 to G11, into runs/gpu
 # make aot    compile every Triton kernel for every target, on the newest Triton and on 3.6; the resource tables into docs/
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install test demo bench results aot aot36 lint clean
+.PHONY: install test demo bench bench-gpu results aot aot36 lint clean
 
 install: $(VENV)/installed
 
@@ -40,6 +41,9 @@ demo: install
 
 bench: install
 	$(BIN)/pytest bench --benchmark-columns=min,median,stddev,rounds
+
+bench-gpu: install
+	$(BIN)/python bench/gpu_suite.py --out runs/gpu
 
 results: install
 	$(BIN)/python bench/demo_table.py --out bench/results/demo.json

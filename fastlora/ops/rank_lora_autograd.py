@@ -111,6 +111,17 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return *tensors, ctx.kappa if kappa is None else kappa
 
 
+def _needs(ctx: Any) -> tuple[bool, ...]:
+    """Which of x, lora_a, lora_b and gate need a gradient; never a silent zero for the frozen ones."""
+    need_x, need_weight, need_bias, *adapter = ctx.needs_input_grad[:6]
+    if need_weight or need_bias:
+        raise RuntimeError(
+            f"{'weight' if need_weight else 'bias'} requires a gradient; weight and bias of rank_lora_linear are frozen "
+            "and get none. Call requires_grad_(False) on them, or compute with fastlora.reference.rank_lora_linear."
+        )
+    return need_x, *adapter
+
+
 class _Eager(torch.autograd.Function):
     """x [M, K] -> y [M, N]."""
 
@@ -124,8 +135,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 11
-        need_x, _, _, *adapter = ctx.needs_input_grad[:6]
-        grads = _backward(False, dy, _saved(ctx), ctx.scaling, ctx.ranks, ctx.variant, (need_x, *adapter))
+        grads = _backward(False, dy, _saved(ctx), ctx.scaling, ctx.ranks, ctx.variant, _needs(ctx))
         return grads[0], None, None, *grads[1:], None, None, None, None, None
 
 
@@ -149,8 +159,7 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx, dy, _ds):
         if dy is None:
             return (None,) * 11
-        need_x, _, _, *adapter = ctx.needs_input_grad[:6]
-        grads = _backward(True, dy, _saved(ctx), ctx.scaling, ctx.ranks, ctx.variant, (need_x, *adapter))
+        grads = _backward(True, dy, _saved(ctx), ctx.scaling, ctx.ranks, ctx.variant, _needs(ctx))
         return grads[0], None, None, *grads[1:], None, None, None, None, None
 
 
@@ -185,10 +194,8 @@ class _Transformed(_Compiled):
         if gate.dim() == 1 and all(dim is None for dim in other_dims):
             rows = x.movedim(x_dim, 0)
             y, s = _Transformed.apply(rows.flatten(0, 1), *operands[1:], *rest)
-            return (y.unflatten(0, rows.shape[:2]), s.unflatten(0, rows.shape[:2]) if s.numel() else s), (
-                0,
-                0 if s.numel() else None,
-            )
+            y = y.unflatten(0, rows.shape[:2])
+            return ((y, s.unflatten(0, rows.shape[:2])), (0, 0)) if s.numel() else ((y, s), (0, None))
         # adapters or gates that differ: one call each
         results = []
         for index in range(info.batch_size):

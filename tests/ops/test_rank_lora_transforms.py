@@ -136,6 +136,20 @@ def test_a_tangent_of_the_frozen_weight_is_refused():
         )
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_gradient_of_what_is_frozen_is_refused(name):
+    operands = make()
+    index = 1 if name == "weight" else 2
+
+    def loss(frozen):
+        return rank_lora_linear(*operands.tensors()[:index], frozen, *operands.tensors()[index + 1 :]).sum()
+
+    with pytest.raises(RuntimeError, match=f"^{name} requires a gradient; weight and bias .* are frozen"):
+        torch.func.grad(loss)(getattr(operands, name))
+    with pytest.raises(RuntimeError, match=f"^{name} requires a gradient"):
+        loss(getattr(operands, name).requires_grad_(True)).backward()
+
+
 @pytest.mark.parametrize("needs", [(True,) * 4, (False, False, True, True), (True, False, False, False)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck_of_the_raw_ops(needs, packed):
