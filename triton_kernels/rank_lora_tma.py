@@ -5,8 +5,9 @@
 The copy engine reads tiles of x and weight and writes tiles of y; no thread computes addresses for them, and what lies
 past an edge is read as zero. The rank operands are small and read by pointers.
 
-Descriptors are made on the device: published launch costs are 38 us with host-side ones against 16 without. They live in scratch memory that Triton asks an allocator for at launch; ours comes from torch's caching
-allocator and is set for that launch alone, so that an allocator of the user's stays in force.
+Descriptors are made on the device: published launch costs are 38 us with host-side ones against 16 without. They live in
+scratch memory that Triton asks an allocator for at launch; ours comes from torch's caching allocator and is set for that
+launch alone, so that an allocator of the user's stays in force.
 
 Numerics: as `rank_lora_fwd.py`; float16 and bfloat16.
 """

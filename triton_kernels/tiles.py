@@ -215,7 +215,7 @@ def pick_tma_tile(x: torch.Tensor, weight: torch.Tensor, variant: str, ranks: tu
     kernel = "tma_gemm" if variant == "split" else "tma_one_pass"
     configs = tile_configs(kernel, compute_type(x), architecture(x))
     m, n = x.shape[0], weight.shape[0] // len(ranks)
-    sizes = [size for size in configs if size != "large" or variant == "split" or max(ranks) <= 16]
+    sizes = [size for size in configs if size != "large" or variant == "split" or {0, 16}.issuperset(ranks)]
     for size in sizes:  # from large to small
         tile = configs[size]
         if triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) * len(ranks) >= 128:

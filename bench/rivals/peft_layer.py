@@ -51,8 +51,7 @@ def _installed(operands: Operands, part: int, dtype: torch.dtype) -> nn.Module:
     config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=["0"])
     model = peft.get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=dtype == torch.float32)
     layer = model.base_model.model[0]
-    layer.base_layer.weight.data.copy_(weight)
-    layer.base_layer.bias.data.copy_(bias)
+    layer.base_layer.weight.data, layer.base_layer.bias.data = weight, bias  # one weight for all rivals
     for half, value in ((layer.lora_A["default"], lora_a), (layer.lora_B["default"], lora_b)):
         half.weight.data = value.to(device=operands.device, dtype=dtype, copy=True)
     return layer

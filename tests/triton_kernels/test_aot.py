@@ -104,6 +104,8 @@ def test_command_exits_1_when_a_limit_is_broken(monkeypatch, capsys):
         ({"mmas": 0, "dtype": "fp32"}, None),
         ({"mmas": 0, "dtype": "tf32"}, "no tensor-core instruction"),
         ({"mmas": 0, "label": "grad finish"}, None),
+        ({"label": "tma split y large"}, "no bulk copy by descriptor"),
+        ({"label": "tma split y large", "bulk_copies": 6}, None),
         ({"mmas": 0, "label": "grad narrow"}, "no tensor-core instruction"),
     ],
 )
