@@ -85,3 +85,13 @@ def reference_in(dtype: torch.dtype, operands: Operands, dy: Tensor, kappa: floa
     if dtype == torch.float64:
         operands, dy = operands.double(), dy.double()
     return outputs_and_gradients(reference.rank_lora_linear, operands, dy, kappa, scaling)
+
+
+def run(capsys, *arguments):
+    """A command of `fastlora`: (exit code, stdout, stderr); stderr never holds a traceback."""
+    from fastlora import cli
+
+    code = cli.main(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err

@@ -16,7 +16,6 @@ from fastlora.triton_kernels.common import INTERPRETER, architecture, compute_ty
 UNTUNED = "untuned: no GPU measured yet"
 SMALL = "interpreter: small, so that tests cross tile edges"
 
-
 # most ranks of a projection in the one-pass and leader variants
 ONE_PASS_MAX_RANK = 64
 # most ranks of a projection in the kernels that read x and dy once
@@ -27,9 +26,10 @@ ONE_READ_RANKS = 64
 class TileConfig:
     """Tile of one kernel.
 
-    gemm, one_pass, tma_gemm, tma_one_pass: [block_m, block_n] of y per program, block_k of K a step. project: [block_m, all ranks], block_k a step.
-    grad: [block_n columns, all ranks] per program, block_m rows a step. one_read: block_m rows and all ranks per program,
-    block_n columns of dy and block_k of x a step.
+    gemm, one_pass, tma_gemm, tma_one_pass: [block_m, block_n] of y per program, block_k of K a step.
+    project: [block_m, all ranks] per program, block_k a step.
+    grad: [block_n columns, all ranks] per program, block_m rows a step.
+    one_read: block_m rows and all ranks per program, block_n columns of dy and block_k of x a step.
     """
 
     block_m: int

@@ -39,20 +39,18 @@ def ensure_installed(mode: str, cuda: bool, seconds: float) -> dict[str, Any]:
     start = time.time()
     environment = {**os.environ, **_this_device_only()}
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet", "-e", str(ROOT)]
+    code, lines = run_in_tree(command, environment, seconds)
+    return {"done": code == 0, "returncode": code, "seconds": time.time() - start, "tail": lines[-25:]}
+
+
+def run_in_tree(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, list[str]]:
+    """Return code and lines of a command that is run in the tree's root; -1 where it was stopped after `seconds`."""
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "stdin": subprocess.DEVNULL}
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-            timeout=seconds,
-            stdin=subprocess.DEVNULL,
-        )
-        code, output = done.returncode, done.stdout + done.stderr
+        done = subprocess.run(command, env=environment, timeout=seconds, **options)
     except subprocess.TimeoutExpired:
-        code, output = -1, f"stopped after {seconds:.0f} s"
-    return {"done": code == 0, "returncode": code, "seconds": time.time() - start, "tail": output.splitlines()[-25:]}
+        return -1, [f"stopped after {seconds:.0f} s"]
+    return done.returncode, (done.stdout + done.stderr).strip().splitlines()
 
 
 def _this_device_only() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -153,11 +152,10 @@ def _plain_of(run: Context, shape: Shape) -> dict[str, Any]:
     xs, weight, bias = [x.detach() for x in operands.xs], operands.weight, operands.bias
     empty = (weight.new_empty(0, shape.k), weight.new_empty(shape.n, 0), weight.new_empty(0, dtype=torch.float32))
     kappa = torch.zeros((), device=run.device)
-    variant = {"variant": "split"} if "variant" in inspect.signature(triton_kernels.rank_lora_fwd).parameters else {}
 
     def product(tile: Any):
         return lambda i: triton_kernels.rank_lora_fwd(
-            xs[i], weight, bias, *empty, kappa, 1.0, tile=tile, **variant
+            xs[i], weight, bias, *empty, kappa, 1.0, variant="split", tile=tile
         )[0]  # fmt: skip
 
     calls = {"linear": lambda i: torch.nn.functional.linear(xs[i], weight, bias)}

@@ -22,8 +22,8 @@ from torch import Tensor
 from fastlora import build_info, ops, reference
 from gpu import timing
 from gpu.context import Context, told
+from gpu.install import ROOT, run_in_tree
 
-ROOT = Path(__file__).resolve().parents[2]
 KAPPA, SCALING = 0.3, 0.5
 # ragged, one row, aligned, packed; on a device also a full-size layer, where every program of a persistent grid works
 CHECKED = (
@@ -192,21 +192,9 @@ def _pytest(run: Context) -> dict[str, Any]:
     # tests/conftest.py turns the interpreter on where nothing is said
     environment = {**os.environ, "TRITON_INTERPRET": "0" if run.device.type == "cuda" else "1"}
     command = [program, "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        return {"returncode": -1, "summary": f"stopped after {seconds:.0f} s", "python": sys.executable}
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    result = {"returncode": done.returncode, "summary": lines[-1] if lines else "", "python": sys.executable}
-    return result if done.returncode == 0 else {**result, "tail": lines[-40:]}
+    code, lines = run_in_tree(command, environment, seconds)
+    result = {"returncode": code, "summary": lines[-1] if lines else "", "python": sys.executable}
+    return result if code == 0 else {**result, "tail": lines[-40:]}
 
 
 def ceilings(run: Context) -> None:

@@ -22,8 +22,6 @@ def why_not(operands: Operands, variant: str) -> str | None:
         fastlora.explain(*call, backend=variant)
     except (RuntimeError, ValueError) as error:
         return str(error)
-    if operands.shape.parts > 1 and not hasattr(ops, "rank_lora_packed"):
-        return "this fastlora has no rank_lora_packed"
     return None
 
 

@@ -103,8 +103,9 @@ class RankAdapter(nn.Module):
         )  # fmt: skip
 
     def call_kappa(self) -> float | Tensor:
-        """The threshold as an op takes it: a device scalar where it is on, and while compiling."""
-        return self._kappa if torch.compiler.is_compiling() or self._thresholded else 0.0
+        """The threshold as an op takes it: a device scalar, which a CPU call does without while it is 0."""
+        on_device = self._thresholded or self.gate.is_cuda or torch.compiler.is_compiling()
+        return self._kappa if on_device else 0.0
 
     def drops_out(self) -> bool:
         """Whether dropout acts on this call."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from fastlora.ops import rank_lora_torch
 from fastlora.ops.backend import TMA_VARIANTS
@@ -49,16 +50,16 @@ def launch_bwd(
     kappa = on_device(kappa, dy)
     if variant in TMA_VARIANTS and (any(adapter) or ranks):
         variant = "split_tma"  # p is there before dx
-    plan = make_plan("dx", dy, weight, lora_a.shape[0], ranks, variant)
+    plan = make_plan("dx", dy, weight, lora_a.shape[0], ranks, variant) if need_x else None
     dx = p = None
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(adapter):
         *grads, p = rank_lora_grad(x, s, dy, None, lora_a, lora_b, gate, kappa, scaling, *adapter, need_x, ranks=ranks)
-    if need_x and plan.variant == "library":
+    if plan and plan.variant == "library":
         p = rank_lora_torch.project_back(dy, lora_b, ranks) if p is None else p
         g = rank_lora_torch.effective_gate(gate, kappa, scaling)
         dx = torch.mm(dy, weight).addmm_(rank_lora_torch.times_gate(p, g), lora_a)
-    elif need_x:
+    elif plan:
         dx, _ = rank_lora_dx(
             dy, weight, lora_a, lora_b, gate, kappa, scaling, ranks=ranks, p=p, variant=plan.variant, tile=plan.tile
         )
@@ -70,7 +71,7 @@ def on_device(kappa: float | Tensor, like: Tensor) -> Tensor:
     return kappa if isinstance(kappa, Tensor) else torch.full((), kappa, dtype=torch.float32, device=like.device)
 
 
-@torch.library.custom_op("fastlora::rank_lora_fwd", mutates_args=())
+@custom_op("fastlora::rank_lora_fwd", mutates_args=())
 def fwd_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor, kappa: Tensor,
     scaling: float, ranks: Sequence[int] | None, variant: str,
@@ -83,7 +84,7 @@ def _(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
 
 
-@torch.library.custom_op("fastlora::rank_lora_bwd", mutates_args=())
+@custom_op("fastlora::rank_lora_bwd", mutates_args=())
 def bwd_op(
     dy: Tensor, x: Tensor, s: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
     kappa: Tensor, scaling: float, ranks: Sequence[int] | None, needs: Sequence[bool], variant: str,

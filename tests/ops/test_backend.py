@@ -4,7 +4,7 @@ from helpers import make_operands
 
 import fastlora
 from fastlora import FusedRankLoRALinear
-from fastlora.ops import rank_lora_linear
+from fastlora.ops import backend, rank_lora_linear
 from fastlora.ops.backend import choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -95,3 +95,11 @@ def test_explain_of_a_call_names_variant_tile_and_what_was_not_measured():
 def test_explain_refuses(arguments, message):
     with pytest.raises(TypeError, match=message):
         fastlora.explain(*arguments)
+
+
+def test_limits_are_those_of_the_kernels():
+    """ops/backend.py writes them down again, since it must not import Triton."""
+    pytest.importorskip("triton")
+    from fastlora.triton_kernels import common, tiles
+
+    assert (backend.TRITON_MAX_RANK, backend.ONE_PASS_MAX_RANK) == (common.MAX_RANK, tiles.ONE_PASS_MAX_RANK)

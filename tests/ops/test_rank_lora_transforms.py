@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import make_operands, outputs_and_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import reference
@@ -159,9 +160,9 @@ def test_opcheck_of_the_raw_ops(needs, packed):
     lora_b = lora_b[:2].reshape(-1) if packed else lora_b
     kappa, dy, s = torch.tensor(0.1), torch.randn(5, 6), x @ lora_a.t()
     ops = torch.ops.fastlora
-    torch.library.opcheck(ops.rank_lora_fwd, (x, weight, bias, lora_a, lora_b, gate, kappa, 1.0, ranks, "split"))
+    opcheck(ops.rank_lora_fwd, (x, weight, bias, lora_a, lora_b, gate, kappa, 1.0, ranks, "split"))
     arguments = (dy, x, s, weight, lora_a, lora_b, gate, kappa, 1.0, ranks, list(needs), "split")
-    torch.library.opcheck(ops.rank_lora_bwd, arguments)
+    opcheck(ops.rank_lora_bwd, arguments)
 
 
 class _Recorder(TorchDispatchMode):
