@@ -104,7 +104,8 @@ class RankAdapter(nn.Module):
 
     def call_kappa(self) -> float | Tensor:
         """The threshold as an op takes it: a device scalar, which a CPU call does without while it is 0."""
-        on_device = self._thresholded or self.gate.is_cuda or torch.compiler.is_compiling()
+        # is_compiling comes first: a graph that read the flag would be compiled again when it changes
+        on_device = torch.compiler.is_compiling() or self._thresholded or self.gate.is_cuda
         return self._kappa if on_device else 0.0
 
     def drops_out(self) -> bool:
