@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "checks.h"
 #include "merge.h"
 
@@ -18,7 +20,21 @@ Matrix make_matrix(uintptr_t data, DType dtype, int64_t rows, int64_t cols, int6
     return {reinterpret_cast<void*>(data), dtype, rows, cols, stride_row, stride_col};
 }
 
-MergeItem make_item(const Matrix& weight, const Matrix& lora_a, const Matrix& lora_b, uintptr_t gate, double scaling) {
+void check_residual(const Matrix& weight, const Matrix& residual) {
+    CHECK_ARG(residual.rows == weight.rows && residual.cols == weight.cols,
+              "residual is [" << residual.rows << ", " << residual.cols << "] and weight [" << weight.rows << ", "
+                              << weight.cols << "]; they must have one shape");
+    CHECK_ARG(residual.dtype == weight.dtype || residual.dtype == DType::int8,
+              "residual must have the weight's dtype or int8");
+    const bool by_rows = weight.stride_col == 1;
+    CHECK_ARG((by_rows ? residual.stride_col : residual.stride_row) == 1,
+              "residual has strides [" << residual.stride_row << ", " << residual.stride_col
+                                       << "]; its unit stride must be where the weight's is");
+}
+
+MergeItem make_item(const Matrix& weight, const Matrix& lora_a, const Matrix& lora_b, uintptr_t gate, double scaling,
+                    const std::optional<Matrix>& residual, const std::optional<uint64_t>& seed, uint32_t module) {
+    CHECK_ARG(weight.dtype != DType::int8, "weight is int8; a merge needs float32, float16 or bfloat16");
     CHECK_ARG(lora_a.cols == weight.cols && lora_b.rows == weight.rows && lora_b.cols == lora_a.rows,
               "lora_a is [" << lora_a.rows << ", " << lora_a.cols << "] and lora_b [" << lora_b.rows << ", "
                             << lora_b.cols << "]; with weight [" << weight.rows << ", " << weight.cols
@@ -28,7 +44,9 @@ MergeItem make_item(const Matrix& weight, const Matrix& lora_a, const Matrix& lo
     CHECK_ARG(by_rows || by_cols, "weight has strides [" << weight.stride_row << ", " << weight.stride_col
                                                          << "]; one must be 1 and the other span a row");
     CHECK_ARG(gate != 0 || lora_a.rows == 0, "the address of the gate is 0 for rank " << lora_a.rows);
-    return {weight, lora_a, lora_b, reinterpret_cast<const float*>(gate), scaling};
+    if (residual) check_residual(weight, *residual);
+    return {weight,  lora_a, lora_b, reinterpret_cast<const float*>(gate),
+            scaling, residual.value_or(Matrix{}), {seed.has_value(), seed.value_or(0), module}};
 }
 
 py::dict build_info() {
@@ -54,13 +72,15 @@ PYBIND11_MODULE(_C, m) {
     py::enum_<DType>(m, "DType")
         .value("float32", DType::float32)
         .value("float16", DType::float16)
-        .value("bfloat16", DType::bfloat16);
+        .value("bfloat16", DType::bfloat16)
+        .value("int8", DType::int8);
     py::class_<Matrix>(m, "Matrix")
         .def(py::init(&make_matrix), py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
              py::arg("stride_row"), py::arg("stride_col"));
     py::class_<MergeItem>(m, "MergeItem")
         .def(py::init(&make_item), py::arg("weight"), py::arg("lora_a"), py::arg("lora_b"), py::arg("gate"),
-             py::arg("scaling"));
+             py::arg("scaling"), py::arg("residual") = py::none(), py::arg("seed") = py::none(),
+             py::arg("module") = 0);
     py::class_<ItemReport>(m, "ItemReport")
         .def_readonly("kept_rank", &ItemReport::kept_rank)
         .def_readonly("delta_square", &ItemReport::delta_square)
@@ -69,6 +89,8 @@ PYBIND11_MODULE(_C, m) {
         .def_readonly("not_finite", &ItemReport::not_finite)
         .def_readonly("largest", &ItemReport::largest)
         .def_readonly("max_relative", &ItemReport::max_relative)
+        .def_readonly("lost_square", &ItemReport::lost_square)
+        .def_readonly("bad_residual", &ItemReport::bad_residual)
         .def_readonly("bad_a", &ItemReport::bad_a)
         .def_readonly("bad_b", &ItemReport::bad_b)
         .def_readonly("bad_gate", &ItemReport::bad_gate);
@@ -89,12 +111,23 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef FASTLORA_CUDA
     m.def("cuda_obstacle", &cuda_obstacle, py::arg("device"));
-    m.def("cuda_workspace", &cuda_workspace, py::arg("items"));
-    m.def("check_cuda", [](const std::vector<MergeItem>& items, int device, uintptr_t workspace, uintptr_t stream) {
-        return check_cuda(items, device, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
-    }, py::arg("items"), py::arg("device"), py::arg("workspace"), py::arg("stream"), free_gil);
-    m.def("merge_cuda", [](const std::vector<MergeItem>& items, int device, uintptr_t workspace, uintptr_t stream) {
-        return merge_cuda(items, device, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
-    }, py::arg("items"), py::arg("device"), py::arg("workspace"), py::arg("stream"), free_gil);
+    m.def("cuda_workspace", [](const std::vector<MergeItem>& items) {
+        const WorkspaceSize size = cuda_workspace(items);
+        return std::make_pair(size.table, size.whole);
+    }, py::arg("items"));
+    const auto launcher = [](auto launch) {
+        return [launch](const std::vector<MergeItem>& items, int device, uintptr_t workspace, uintptr_t table,
+                        uintptr_t stream) {
+            const Workspace space{reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(table)};
+            launch(items, device, space, reinterpret_cast<void*>(stream));
+        };
+    };
+    m.def("check_cuda", launcher(check_cuda), py::arg("items"), py::arg("device"), py::arg("workspace"),
+          py::arg("table"), py::arg("stream"), free_gil);
+    m.def("merge_cuda", launcher(merge_cuda), py::arg("items"), py::arg("device"), py::arg("workspace"),
+          py::arg("table"), py::arg("stream"), free_gil);
+    m.def("cuda_reports", [](const std::vector<MergeItem>& items, uintptr_t copy, bool checked) {
+        return cuda_reports(items, reinterpret_cast<const void*>(copy), checked);
+    }, py::arg("items"), py::arg("copy"), py::arg("checked"));
 #endif
 }

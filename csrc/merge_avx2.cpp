@@ -26,6 +26,8 @@ struct Avx2 {
     }
     static F add(F a, F b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
     static F sub(F a, F b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+    static F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+    static F abs(F a) { return {abs(a.low), abs(a.high)}; }
     static F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }  // b when a is NaN
     static F ratio(F a, F b) {
         return {_mm256_div_ps(abs(a.low), abs(b.low)), _mm256_div_ps(abs(a.high), abs(b.high))};
@@ -38,19 +40,21 @@ struct Avx2 {
 
     static uint32_t nonzero(F a) { return compare<_CMP_NEQ_UQ>(a, zero()); }
     static uint32_t equal(F a, F b) { return compare<_CMP_EQ_OQ>(a, b); }
+    static uint32_t greater(F a, F b) { return compare<_CMP_GT_OQ>(a, b); }
     static uint32_t not_finite(F a) {
         const __m256 inf = _mm256_set1_ps(float_of(0x7f800000u));
         return compare<_CMP_NLT_UQ>({abs(a.low), abs(a.high)}, {inf, inf});
     }
 
     static void square_into(F a, D& sum) {
-        const __m128 parts[4] = {_mm256_castps256_ps128(a.low), _mm256_extractf128_ps(a.low, 1),
-                                 _mm256_castps256_ps128(a.high), _mm256_extractf128_ps(a.high, 1)};
         for (int i = 0; i < 4; ++i) {
-            const __m256d wide = _mm256_cvtps_pd(parts[i]);
+            const __m256d wide = quarter(a, i);
             // The square of a float is exact in float64, so fused or not is the same sum.
             sum.quarter[i] = _mm256_fmadd_pd(wide, wide, sum.quarter[i]);
         }
+    }
+    static void add_into(F a, D& sum) {
+        for (int i = 0; i < 4; ++i) sum.quarter[i] = _mm256_add_pd(sum.quarter[i], quarter(a, i));
     }
     static double sum(const D& sum) {
         alignas(32) double lanes[LANES];
@@ -91,6 +95,10 @@ struct Avx2 {
 
 private:
     static __m256 abs(__m256 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+    static __m256d quarter(F a, int i) {
+        const __m256 half = i < 2 ? a.low : a.high;
+        return _mm256_cvtps_pd(i % 2 ? _mm256_extractf128_ps(half, 1) : _mm256_castps256_ps128(half));
+    }
     static __m256 is_nan(__m256 a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
     static __m256 one_nan(__m256 a) { return _mm256_blendv_ps(a, _mm256_set1_ps(float_of(0x7fc00000u)), is_nan(a)); }
 

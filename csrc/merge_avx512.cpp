@@ -19,12 +19,15 @@ struct Avx512 {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F abs(F a) { return _mm512_abs_ps(a); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b when a is NaN
     static F ratio(F a, F b) { return _mm512_div_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)); }
     static F unless_zero(F test, F a, F b) { return _mm512_mask_blend_ps(__mmask16(nonzero(test)), b, a); }
 
     static uint32_t nonzero(F a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_NEQ_UQ); }
     static uint32_t equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+    static uint32_t greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
     static uint32_t not_finite(F a) { return _mm512_fpclass_ps_mask(a, 0x99); }  // both kinds of NaN, both infinities
 
     static void square_into(F a, D& sum) {
@@ -32,6 +35,10 @@ struct Avx512 {
         const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
         // The square of a float is exact in float64, so fused or not is the same sum.
         sum = {_mm512_fmadd_pd(low, low, sum.low), _mm512_fmadd_pd(high, high, sum.high)};
+    }
+    static void add_into(F a, D& sum) {
+        sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
+        sum.high = _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
     }
     static double sum(const D& sum) {
         alignas(64) double lanes[LANES];

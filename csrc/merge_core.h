@@ -23,7 +23,7 @@
 
 namespace fastlora {
 
-enum class DType : int32_t { float32, float16, bfloat16 };
+enum class DType : int32_t { float32, float16, bfloat16, int8 };  // int8: of residuals alone
 
 struct F32 {
     using Store = float;
@@ -95,11 +95,15 @@ FASTLORA_HD float multiply_add(float c, float a, float delta) { return fmaf(c, a
 
 FASTLORA_HD bool is_finite(float value) { return (bits_of(value) & 0x7fffffffu) < 0x7f800000u; }
 
-// What storing lost of weight + delta. For float32 two-sum (Knuth) recovers what the sum itself dropped; beside the
-// rounding to 16 bits that is nothing.
+// What the float32 sum of a and b dropped, exactly (two-sum, Knuth).
+FASTLORA_HD float dropped(float a, float b, float sum) {
+    const float part = sum - a;
+    return (a - (sum - part)) + (b - part);
+}
+
+// What storing lost of weight + delta. Beside the rounding to 16 bits, what the float32 sum dropped is nothing.
 FASTLORA_HD float lost(F32, float weight, float delta, float sum, float stored) {
-    const float part = sum - weight;
-    return (sum - stored) + ((weight - (sum - part)) + (delta - part));
+    return (sum - stored) + dropped(weight, delta, sum);
 }
 
 template <class Half>

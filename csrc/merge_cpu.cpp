@@ -17,27 +17,6 @@
 
 namespace fastlora {
 
-void ItemReport::add(const TileStats& tile) {
-    delta_square += tile.delta_square;
-    updated += tile.updated;
-    unchanged += tile.unchanged;
-    not_finite += tile.not_finite;
-    largest = larger(tile.largest, largest);
-    max_relative = larger(tile.max_relative, max_relative);
-}
-
-Oriented orient(const MergeItem& item) {
-    const Matrix &w = item.weight, &a = item.lora_a, &b = item.lora_b;
-    const Factor down{a.data, a.dtype, a.stride_row, a.stride_col, false};
-    const Factor up{b.data, b.dtype, b.stride_col, b.stride_row, true};
-    Oriented out{w.data, w.dtype, w.rows, w.cols, w.stride_row, up, down, item.gate, item.scaling, a.rows};
-    if (w.stride_col != 1) {
-        out.rows = w.cols, out.cols = w.rows, out.stride = w.stride_col;
-        out.row = down, out.col = up;
-    }
-    return out;
-}
-
 namespace {
 
 constexpr int64_t TILE_ROWS = 32;
@@ -177,17 +156,23 @@ void pack_columns(const Task& task, Scratch& scratch) {
     }
 }
 
+void* row_of(void* data, DType dtype, int64_t row, int64_t stride) {
+    return static_cast<char*>(data) + row * stride * (dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2);
+}
+
 RowBlock block_of(const Task& task, int64_t tile, Scratch& scratch, bool write) {
     const Oriented& item = task.item;
     const int64_t first = (tile - task.first_tile) * TILE_ROWS, rows = std::min(TILE_ROWS, item.rows - first);
-    const int64_t rank = int64_t(task.kept.size()), bytes = item.dtype == DType::float32 ? 4 : 2;
+    const int64_t rank = int64_t(task.kept.size());
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t r = 0; r < rank; ++r) {
             scratch.coef[i * rank + r] = factor_value(item.row, task.kept[r], first + i, task.scaled_gate[r]);
         }
     }
-    void* weight = static_cast<char*>(item.weight) + first * item.stride * bytes;
-    return {weight, item.dtype, rows, item.cols, item.stride, rank, scratch.panel.data(), scratch.coef.data(), write};
+    void* residual = item.residual ? row_of(item.residual, item.residual_dtype, first, item.residual_stride) : nullptr;
+    return {row_of(item.weight, item.dtype, first, item.stride), item.dtype, rows, item.cols, item.stride, rank,
+            scratch.panel.data(), scratch.coef.data(), write, residual, item.residual_dtype, item.residual_stride,
+            item.rounding, first};
 }
 
 float largest_of(DType dtype) {
@@ -196,15 +181,18 @@ float largest_of(DType dtype) {
 
 // True when |weight| + |delta| cannot reach the dtype's limit anywhere in the block: no element need be computed then.
 bool surely_finite(const RowBlock& block, const Scratch& scratch, const Isa& isa) {
-    const int64_t bytes = block.dtype == DType::float32 ? 4 : 2;
     double most = 0;
     for (int64_t i = 0; i < block.rows; ++i) {
         double delta = 0;
         for (int64_t r = 0; r < block.rank; ++r) {
             delta += std::fabs(double(block.coef[i * block.rank + r])) * scratch.col_max[r];
         }
-        const void* row = static_cast<const char*>(block.weight) + i * block.stride * bytes;
-        const double reach = delta + double(isa.max_abs(block.dtype, row, block.cols));
+        double reach = delta + double(isa.max_abs(block.dtype, row_of(block.weight, block.dtype, i, block.stride),
+                                                  block.cols));
+        if (block.residual && block.residual_dtype != DType::int8) {  // int8: half an ulp at most, within the 1 %
+            const void* row = row_of(block.residual, block.residual_dtype, i, block.residual_stride);
+            reach += double(isa.max_abs(block.residual_dtype, row, block.cols));
+        }
         if (!(reach <= most)) most = reach;
         if (std::isnan(most)) return false;
     }
@@ -225,7 +213,7 @@ int64_t count_not_finite(const Matrix& matrix) {
 void run_tiles(Plan& plan, const Isa& isa, bool write, const std::vector<ItemReport>* inputs) {
     parallel_for(plan.tiles, int(plan.scratch.size()), [&](int thread, int64_t tile) {
         const int64_t index = plan.task_of(tile);
-        if (inputs && ((*inputs)[index].bad_a || (*inputs)[index].bad_b || (*inputs)[index].bad_gate)) return;
+        if (inputs && (*inputs)[index].bad_inputs()) return;
         Scratch& scratch = plan.scratch[thread];
         if (scratch.task != index) pack_columns(plan.tasks[index], scratch);
         scratch.task = index;
@@ -251,6 +239,7 @@ std::vector<ItemReport> check_cpu(const std::vector<MergeItem>& items, int threa
         inputs[i].bad_a = count_not_finite(items[i].lora_a);
         inputs[i].bad_b = count_not_finite(items[i].lora_b);
         inputs[i].bad_gate = count_not_finite(gate);
+        if (items[i].residual.data) inputs[i].bad_residual = count_not_finite(items[i].residual);
     });
     run_tiles(plan, isa, false, &inputs);
     const std::vector<ItemReport> results = plan.reports();

@@ -1,11 +1,14 @@
 // The loop over a block of rows, written once over a vector type V of 16 lanes and compiled once for each instruction
 // set. Sixteen lanes in every set: sums of a report are kept lane by lane, so the sets agree in every bit.
 //
-// V has: F (16 floats), D (16 doubles); zero, set1, load, fma, add, sub, unless_zero, ratio, max, square_into, sum;
-// bits / widen / round / store for each storage type; and nonzero, equal, not_finite, which return 16 bits.
+// V has: F (16 floats), D (16 doubles); zero, set1, load, fma, add, sub, mul, abs, unless_zero, ratio, max, square_into,
+// add_into, sum; bits / widen / round / store for each storage type; and nonzero, equal, greater, not_finite, which
+// return 16 bits. Rounding to nearest is written with them; the other modes go through merge_rounding.h lane by lane,
+// in loops that the compiler vectorizes.
 #pragma once
 
 #include "merge.h"
+#include "merge_rounding.h"
 
 namespace fastlora {
 
@@ -20,6 +23,11 @@ struct RowBlock {
     const float* panel;  // [ceil(cols / 16)][rank][16], zero beyond cols
     const float* coef;   // [rows][rank]
     bool write;
+    void* residual;      // or null
+    DType residual_dtype;
+    int64_t residual_stride;
+    Rounding rounding;
+    int64_t first_row;   // in the weight's storage
 };
 
 // One table for each instruction set.
@@ -38,9 +46,12 @@ extern const Isa avx2_isa, avx512_isa;
 
 namespace {  // internal linkage, for the reason that merge_core.h gives
 
+// ---- sums of a report; they live in registers through the loop, TileStats would live in memory
+
 template <class V>
-struct Sums {  // lives in registers through the loop; TileStats would live in memory
-    typename V::D square = V::zero_double();
+struct Sums {
+    typename V::F square = V::zero(), gone_square = V::zero();  // of the rows in work
+    typename V::D delta_square = V::zero_double(), lost_square = V::zero_double();
     typename V::F relative = V::zero();
     int64_t updated = 0, unchanged = 0;
 };
@@ -56,6 +67,32 @@ template <class V>
     }
 }
 
+// What one vector of elements adds to the report. `gone` is what storing lost.
+template <class V, class F = typename V::F>
+[[gnu::always_inline]] inline void tally(F old, F delta, F sum, F stored, F gone, uint32_t valid, Sums<V>& sums,
+                                         TileStats& stats) {
+    const uint32_t updated = V::nonzero(delta) & valid, bad = V::not_finite(stored) & valid;
+    sums.updated += __builtin_popcount(updated);
+    sums.unchanged += __builtin_popcount(updated & V::equal(stored, old));
+    if (__builtin_expect(bad, 0)) record_not_finite<V>(bad, sum, stats);
+    // a product for most vectors and a division for the few that raise the maximum: dividing always took a fifth longer
+    if (V::greater(V::abs(gone), V::mul(sums.relative, V::abs(sum)))) {
+        sums.relative = V::max(V::ratio(gone, sum), sums.relative);
+    }
+    sums.square = V::fma(delta, delta, sums.square);
+    sums.gone_square = V::fma(gone, gone, sums.gone_square);
+}
+
+// After each block of rows the float32 sums of squares go into float64, before they can lose digits.
+template <class V>
+inline void fold(Sums<V>& sums) {
+    V::add_into(sums.square, sums.delta_square);
+    V::add_into(sums.gone_square, sums.lost_square);
+    sums.square = sums.gone_square = V::zero();
+}
+
+// ---- one vector of elements
+
 // lost() of merge_core.h
 template <class V, class F = typename V::F>
 inline F lost(F32, F weight, F delta, F sum, F stored) {
@@ -67,21 +104,40 @@ inline F lost(Half, F, F, F sum, F stored) {
     return V::sub(sum, stored);
 }
 
+template <class S, class M>
+struct Place {  // of 16 elements
+    typename S::Store* weight;
+    typename M::template Residual<S>::Store* residual;
+    const uint32_t* draws;
+    uint32_t valid;
+};
+
+// merge_rounding.h's Nearest in vectors
 template <class V, class S, bool WRITE>
-[[gnu::always_inline]] inline void finish(typename S::Store* weight, uint32_t valid, typename V::F delta, Sums<V>& sums,
+[[gnu::always_inline]] inline void finish(Nearest, const Place<S, Nearest>& at, typename V::F delta, Sums<V>& sums,
                                           TileStats& stats) {
-    const typename V::F old = V::widen(S{}, V::bits(S{}, weight));
+    const typename V::F old = V::widen(S{}, V::bits(S{}, at.weight));
     const typename V::F sum = V::unless_zero(delta, V::add(old, delta), old);
     const auto bits = V::round(S{}, sum);
     const typename V::F stored = V::widen(S{}, bits);
-    if (WRITE) V::store(S{}, weight, bits);
+    if (WRITE) V::store(S{}, at.weight, bits);
+    tally<V>(old, delta, sum, stored, lost<V>(S{}, old, delta, sum, stored), at.valid, sums, stats);
+}
 
-    const uint32_t updated = V::nonzero(delta) & valid, bad = V::not_finite(stored) & valid;
-    sums.updated += __builtin_popcount(updated);
-    sums.unchanged += __builtin_popcount(updated & V::equal(stored, old));
-    if (__builtin_expect(bad, 0)) record_not_finite<V>(bad, sum, stats);
-    sums.relative = V::max(V::ratio(lost<V>(S{}, old, delta, sum, stored), sum), sums.relative);
-    V::square_into(delta, sums.square);
+template <class V, class S, bool WRITE, class M>
+[[gnu::always_inline]] inline void finish(M, const Place<S, M>& at, typename V::F delta, Sums<V>& sums,
+                                          TileStats& stats) {
+    constexpr bool has_residual = M::residual;
+    alignas(64) float deltas[LANES], old[LANES], sum[LANES], stored[LANES], gone[LANES];
+    V::store(F32{}, deltas, delta);
+    for (int lane = 0; lane < LANES; ++lane) {
+        const auto kept = has_residual ? at.residual[lane] : 0;
+        const auto out = M::merge(S{}, at.weight[lane], kept, deltas[lane], M::draws ? at.draws[lane] : 0u);
+        old[lane] = out.old, sum[lane] = out.sum, stored[lane] = out.stored, gone[lane] = out.gone;
+        if (WRITE) at.weight[lane] = out.bits;
+        if (WRITE && has_residual) at.residual[lane] = out.kept;
+    }
+    tally<V>(V::load(old), delta, V::load(sum), V::load(stored), V::load(gone), at.valid, sums, stats);
 }
 
 // delta[i] of rows i of one panel: the fused multiply-adds of the kept ranks, in order.
@@ -97,55 +153,111 @@ template <class V, int ROWS>
     }
 }
 
-// The last panel of a row whose length is no multiple of 16, through a padded copy. Not inlined: its calls of memcpy
+// ---- rows
+
+struct Draws {
+    uint32_t word[ROW_BLOCK][LANES];  // [row][column within the panel]
+
+    // draws_of() of merge_rounding.h for four rows of a panel: sixteen counters side by side, which the compiler vectorizes
+    void fill(const Rounding& rounding, int64_t row, int64_t col) {
+        constexpr int QUADS = LANES / 4;
+        alignas(64) uint32_t made[4][LANES];
+        for (int lane = 0; lane < LANES; ++lane) {
+            made[0][lane] = uint32_t(row) + lane / QUADS, made[1][lane] = uint32_t(col / 4) + lane % QUADS;
+            made[2][lane] = rounding.module, made[3][lane] = 0;
+        }
+        PhiloxKey key{uint32_t(rounding.seed), uint32_t(rounding.seed >> 32)};
+        for (int round = 0; round < PHILOX_ROUNDS; ++round, key = next_key(key)) {
+            for (int lane = 0; lane < LANES; ++lane) {
+                philox_round(made[0][lane], made[1][lane], made[2][lane], made[3][lane], key);
+            }
+        }
+        for (int lane = 0; lane < LANES; ++lane) {
+            for (int i = 0; i < 4; ++i) word[lane / QUADS][lane % QUADS * 4 + i] = made[i][lane];
+        }
+    }
+};
+
+template <class S, class M>
+inline Place<S, M> place(const RowBlock& block, int64_t row, int64_t col, const uint32_t* draws) {
+    using Kept = typename M::template Residual<S>::Store;
+    Kept* residual = static_cast<Kept*>(block.residual);
+    return {static_cast<typename S::Store*>(block.weight) + row * block.stride + col,
+            residual ? residual + row * block.residual_stride + col : nullptr, draws, 0xffffu};
+}
+
+// The last panel of a row whose length is no multiple of 16, through padded copies. Not inlined: its calls of memcpy
 // would push the sums of the main loop out of the registers.
-template <class V, class S, bool WRITE, int ROWS>
+template <class V, class S, class M, bool WRITE, int ROWS>
 [[gnu::noinline]] void merge_tail(const RowBlock& block, int64_t row, int64_t col, Sums<V>& sums, TileStats& stats) {
     using Store = typename S::Store;
+    using Kept = typename M::template Residual<S>::Store;
     typename V::F delta[ROWS];
     accumulate<V, ROWS>(block.panel + col * block.rank, block.coef + row * block.rank, block.rank, delta);
+    Draws draws;
+    if (M::draws) draws.fill(block.rounding, block.first_row + row, col);
     const int64_t left = block.cols - col;
     for (int i = 0; i < ROWS; ++i) {
-        Store* weight = static_cast<Store*>(block.weight) + (row + i) * block.stride + col;
+        const Place<S, M> there = place<S, M>(block, row + i, col, draws.word[i]);
         Store rest[LANES] = {};
-        memcpy(rest, weight, left * sizeof(Store));
-        finish<V, S, WRITE>(rest, (1u << left) - 1u, delta[i], sums, stats);
-        if (WRITE) memcpy(weight, rest, left * sizeof(Store));
+        Kept kept[LANES] = {};
+        memcpy(rest, there.weight, left * sizeof(Store));
+        if (there.residual) memcpy(kept, there.residual, left * sizeof(Kept));
+        finish<V, S, WRITE>(M{}, Place<S, M>{rest, kept, there.draws, (1u << left) - 1u}, delta[i], sums, stats);
+        if (WRITE) memcpy(there.weight, rest, left * sizeof(Store));
+        if (WRITE && there.residual) memcpy(there.residual, kept, left * sizeof(Kept));
     }
 }
 
-template <class V, class S, bool WRITE, int ROWS>
+template <class V, class S, class M, bool WRITE, int ROWS>
 [[gnu::always_inline]] inline void merge_block(const RowBlock& block, int64_t row, Sums<V>& sums, TileStats& stats) {
-    using Store = typename S::Store;
     const float* coef = block.coef + row * block.rank;
-    Store* weight = static_cast<Store*>(block.weight) + row * block.stride;
+    Draws draws;
     int64_t col = 0;
     for (; col + LANES <= block.cols; col += LANES) {
         typename V::F delta[ROWS];
         accumulate<V, ROWS>(block.panel + col * block.rank, coef, block.rank, delta);
+        if (M::draws) draws.fill(block.rounding, block.first_row + row, col);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; ++i) {
-            finish<V, S, WRITE>(weight + i * block.stride + col, 0xffffu, delta[i], sums, stats);
+            finish<V, S, WRITE>(M{}, place<S, M>(block, row + i, col, draws.word[i]), delta[i], sums, stats);
         }
     }
     if (col < block.cols) {
         Sums<V> tail = sums;  // a copy, so that `sums` itself has no address
-        merge_tail<V, S, WRITE, ROWS>(block, row, col, tail, stats);
+        merge_tail<V, S, M, WRITE, ROWS>(block, row, col, tail, stats);
         sums = tail;
     }
+    fold<V>(sums);
 }
 
-template <class V, class S, bool WRITE>
+// Again, each square in float64: for updates so small or large that their squares leave float32's range.
+template <class V>
+[[gnu::noinline, gnu::cold]] double exact_delta_square(const RowBlock& block) {
+    typename V::D square = V::zero_double();
+    for (int64_t row = 0; row < block.rows; ++row) {
+        for (int64_t col = 0; col < block.cols; col += LANES) {
+            typename V::F delta[1];
+            accumulate<V, 1>(block.panel + col * block.rank, block.coef + row * block.rank, block.rank, delta);
+            V::square_into(delta[0], square);
+        }
+    }
+    return V::sum(square);
+}
+
+template <class V, class S, class M, bool WRITE>
 void merge_rows_of(const RowBlock& block, TileStats& stats) {
     Sums<V> sums;
     int64_t row = 0;
     for (; row + ROW_BLOCK <= block.rows; row += ROW_BLOCK) {
-        merge_block<V, S, WRITE, ROW_BLOCK>(block, row, sums, stats);
+        merge_block<V, S, M, WRITE, ROW_BLOCK>(block, row, sums, stats);
     }
-    for (; row < block.rows; ++row) merge_block<V, S, WRITE, 1>(block, row, sums, stats);
+    for (; row < block.rows; ++row) merge_block<V, S, M, WRITE, 1>(block, row, sums, stats);
+    const double square = V::sum(sums.delta_square), in_range = 1e-26 * double(sums.updated);
     stats.updated += sums.updated;
     stats.unchanged += sums.unchanged;
-    stats.delta_square += V::sum(sums.square);
+    stats.delta_square += square >= in_range && square < 1e37 ? square : exact_delta_square<V>(block);
+    stats.lost_square += V::sum(sums.lost_square);
     alignas(64) float relative[LANES];
     V::store(F32{}, relative, sums.relative);
     for (float value : relative) stats.max_relative = larger(value, stats.max_relative);
@@ -153,9 +265,17 @@ void merge_rows_of(const RowBlock& block, TileStats& stats) {
 
 template <class V>
 void merge_rows(const RowBlock& block, TileStats& stats) {
+    const auto with = [&](auto storage, auto mode) {
+        using S = decltype(storage);
+        using M = decltype(mode);
+        block.write ? merge_rows_of<V, S, M, true>(block, stats) : merge_rows_of<V, S, M, false>(block, stats);
+    };
     const auto run = [&](auto storage) {
         using S = decltype(storage);
-        block.write ? merge_rows_of<V, S, true>(block, stats) : merge_rows_of<V, S, false>(block, stats);
+        if (block.residual && block.residual_dtype == DType::int8) return with(storage, Compensated<I8>{});
+        if (block.residual) return with(storage, Compensated<S>{});
+        if (block.rounding.stochastic && block.dtype != DType::float32) return with(storage, Stochastic{});
+        with(storage, Nearest{});
     };
     if (block.dtype == DType::float32) run(F32{});
     if (block.dtype == DType::float16) run(F16{});

@@ -46,6 +46,12 @@ struct Scalar {
     static F sub(const F& a, const F& b) {
         return each([&](int i) { return a.lane[i] - b.lane[i]; });
     }
+    static F mul(const F& a, const F& b) {
+        return each([&](int i) { return a.lane[i] * b.lane[i]; });
+    }
+    static F abs(const F& a) {
+        return each([&](int i) { return fabsf(a.lane[i]); });
+    }
     static F max(const F& a, const F& b) {
         return each([&](int i) { return larger(a.lane[i], b.lane[i]); });
     }
@@ -61,11 +67,17 @@ struct Scalar {
     static uint32_t equal(const F& a, const F& b) {
         return mask([&](int i) { return a.lane[i] == b.lane[i]; });
     }
+    static uint32_t greater(const F& a, const F& b) {
+        return mask([&](int i) { return a.lane[i] > b.lane[i]; });
+    }
     static uint32_t not_finite(const F& a) {
         return mask([&](int i) { return !is_finite(a.lane[i]); });
     }
     static void square_into(const F& a, D& sum) {
         for (int i = 0; i < LANES; ++i) sum.lane[i] += double(a.lane[i]) * double(a.lane[i]);
+    }
+    static void add_into(const F& a, D& sum) {
+        for (int i = 0; i < LANES; ++i) sum.lane[i] += double(a.lane[i]);
     }
     static double sum(const D& sum) {
         double total = 0;

@@ -30,6 +30,7 @@ _EXPORTS = {
     "rank_report": "fastlora.adapt",
     "remove": "fastlora.adapt",
     "save_adapter": "fastlora.adapter_file",
+    "unmerge": "fastlora.adapt",
 }
 _SUBMODULES = ("continual", "modules", "ops", "optim", "reference", "tune")
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         prune,
         rank_report,
         remove,
+        unmerge,
     )
     from fastlora.adapter_file import load_adapter, save_adapter
     from fastlora.build import build_info

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora.checks import check_finite_gate
 from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention, is_attention, refuse_unsupported
 from fastlora.modules.linear import FusedRankLoRALinear
-from fastlora.ops.merge import MergeReport, merge_
+from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
 
 Where = str | Callable[[str, nn.Module], bool] | Sequence[str]
 
@@ -243,26 +243,53 @@ def prune(model: nn.Module) -> dict[str, int]:
     return {name: adapter.prune_() for name, adapter in found.items()}
 
 
-def merge(model: nn.Module, **merge_kwargs: Any) -> MergeReport:
+def merge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, **merge_kwargs: Any) -> MergeReport:
     """Merge every adapter into its weight, all in one call of `fastlora.ops.merge_`, then start fresh adapters.
 
     Args:
-        merge_kwargs: passed to `fastlora.ops.merge_` (check).
+        residuals: name -> what rounding has dropped from that adapter's weight so far. An adapter without an entry gets
+            one of zeros in the weight's dtype, so start with {} and pass the same dict at every merge; for one byte an
+            element put `fastlora.ops.new_residuals(weights, int8=True)` there first.
+        merge_kwargs: passed to `fastlora.ops.merge_` (rounding, seed, check).
     Raises:
         MergeError: some adapter is not finite, or a sum overflows; no weight and no adapter has changed.
     """
+    return _merge_all(merge_, model, residuals, merge_kwargs)
+
+
+def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, check: bool = True) -> MergeReport:
+    """Take the adapters that the model holds out of its weights, then start fresh ones: undoes the merge of the same.
+
+        fastlora.load_adapter(model, "adapters/task_03.safetensors")
+        fastlora.unmerge(model, residuals=residuals)
+
+    Args:
+        residuals: as `merge` filled them; with them the weights come back bit for bit (see `fastlora.ops.unmerge_`).
+    Raises: as `merge`.
+    """
+    return _merge_all(unmerge_, model, residuals, {"check": check})
+
+
+def _merge_all(
+    run: Callable[..., MergeReport], model: nn.Module, residuals: dict[str, Tensor] | None, options: dict[str, Any]
+) -> MergeReport:
     found = _adapters_or_raise(model)
     for name, adapter in found.items():
         check_finite_gate(adapter.gate, f"{name}.gate")
     layers = list(found.values())
-    report = merge_(
-        [layer.weight for layer in layers],
+    weights = [layer.weight for layer in layers]
+    if residuals is not None:
+        fresh = zip(found, weights)
+        residuals |= {name: new_residuals([weight])[0] for name, weight in fresh if name not in residuals}
+        options = {**options, "residuals": [residuals[name] for name in found]}
+    report = run(
+        weights,
         [layer.lora_a for layer in layers],
         [layer.lora_b for layer in layers],
         [layer.effective_gate() for layer in layers],
         scaling=[layer.scaling for layer in layers],
         names=list(found),
-        **merge_kwargs,
+        **options,
     )
     for layer in layers:
         layer.reset_adapter_()

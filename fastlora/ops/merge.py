@@ -1,17 +1,18 @@
-"""Public merge_(): the update of every module added to its weight in place, all modules in one call."""
+"""Public merge_() and unmerge_(): the update of every module added to its weight in place, all modules in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fastlora.ops.merge_checks import MergeJob, check_merge
+from fastlora.ops.merge_checks import MergeJob, check_merge, check_rounding
 from fastlora.ops.merge_native import NativeMerge, serves
 from fastlora.ops.merge_report import Counts, MergeError, MergeReport, ModuleMerge, module_merge, raise_bad
 from fastlora.ops.merge_torch import TorchMerge
 
-__all__ = ["MergeError", "MergeReport", "ModuleMerge", "merge_"]
+__all__ = ["MergeError", "MergeReport", "ModuleMerge", "merge_", "new_residuals", "unmerge_"]
 
 
 def merge_(
@@ -21,6 +22,9 @@ def merge_(
     gates: Sequence[Tensor],
     *,
     scaling: float | Sequence[float] = 1.0,
+    rounding: str = "nearest",
+    residuals: Sequence[Tensor] | None = None,
+    seed: int | None = None,
     check: bool = True,
     names: Sequence[str] | None = None,
 ) -> MergeReport:
@@ -35,36 +39,94 @@ def merge_(
         lora_bs: [N, R] each.
         gates: [R] each, effective (already thresholded). Ranks whose gate is 0 are not visited.
         scaling: one float, or one for each module.
+        rounding: "nearest" (to even), or "stochastic": up with the probability of the dropped part. Stochastic has no
+            bias and twice the variance: over many merges its error is larger (docs/merge.md has the figures).
+        residuals: [N, K] each, see `new_residuals`: what rounding drops is kept there and added at the next merge, so
+            that the weight is always the exact sum, rounded once, and `unmerge_` gets back to where it was.
+        seed: of stochastic rounding, 0 to 2^63 - 1; None draws one from torch's generator. It is in the report.
         check: look at everything first, and write only if every adapter and every result is finite.
         names: of the modules, for messages and the report.
     Returns:
-        MergeReport, one entry for each module.
+        MergeReport, one entry for each module. Called while a CUDA graph is being captured (check=False), it reads its
+        figures from the device when they are first looked at.
     Raises:
         MergeError: check=True, and an adapter holds a non-finite value (dead ranks included), or a result would not be
             finite in the weight's dtype. No weight of the call has changed.
-        TypeError, ValueError: the arguments do not fit each other, are not plain memory, or two weights share memory.
-            No weight of the call has changed.
+        TypeError, ValueError: the arguments do not fit each other, are not plain memory that can be written, or two
+            weights share memory. No weight of the call has changed.
     Numerics:
         The update is summed in float32 from 0 by fused multiply-adds over the kept ranks in rank order, each
-        (lora_b * float32(scaling * gate)) * lora_a; then it is added to float32(weight) and rounded once to the
-        weight's dtype, to nearest even. An update of exactly 0 leaves the bits of its weight. Same bits, report
-        included, for any number of threads and any instruction set; on CUDA the same weights. float64 weights, other
-        devices and installations without the extension run the same formula in PyTorch, float64 for float64, products
-        unfused. What rounding dropped is gone: subtracting the update again need not restore the weight.
+        (lora_b * float32(scaling * gate)) * lora_a; then it is added to float32(weight), and to the residual if there
+        is one, and rounded once to the weight's dtype. An update of exactly 0 leaves the bits of its weight. Same bits
+        for any number of threads and any instruction set, report included; on CUDA the same weights. What stochastic
+        rounding draws depends on seed, place of the module in the call, and place in the weight's storage (Philox4x32).
+        float64 weights, other devices and installations without the extension run the same formula in PyTorch, float64
+        for float64, products unfused.
     """
-    jobs = check_merge(weights, lora_as, lora_bs, gates, scaling, names)
+    seed = check_rounding(rounding, residuals, seed)
+    if rounding == "stochastic" and seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    return _run(check_merge(weights, lora_as, lora_bs, gates, scaling, names, residuals), seed, check)
+
+
+def unmerge_(
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    *,
+    scaling: float | Sequence[float] = 1.0,
+    residuals: Sequence[Tensor] | None = None,
+    check: bool = True,
+    names: Sequence[str] | None = None,
+) -> MergeReport:
+    """Take the update of each module out of its weight again, in place: `merge_` with -scaling.
+
+    With the residuals that the merge filled, the weights come back bit for bit wherever the merge did not move an
+    element far above its own size. Without them what the merge rounded away is gone: `error_norm` of the two reports
+    bounds ||weight - original||_F by their sum. For an exact undo whatever the sizes, rebuild from a journal
+    (`fastlora.Journal`).
+
+    Args, Returns, Raises: as `merge_`, with rounding to nearest.
+    """
+    check_rounding("nearest", residuals, None)
+    jobs = check_merge(weights, lora_as, lora_bs, gates, scaling, names, residuals)
+    return _run([job.negated() for job in jobs], None, check)
+
+
+def new_residuals(weights: Sequence[Tensor], *, int8: bool = False) -> list[Tensor]:
+    """Residuals of zero for weights that are exact as they are.
+
+    Args:
+        weights: [N, K] each.
+        int8: units of ulp(weight) / 254, one byte an element, for float32, float16 and bfloat16 weights; else the
+            weight's own dtype: finer, and as large as the weights.
+    """
+    kind = {"dtype": torch.int8} if int8 else {}
+    return [torch.zeros_like(weight, requires_grad=False, **kind) for weight in weights]
+
+
+def _run(jobs: Sequence[MergeJob], seed: int | None, check: bool) -> MergeReport:
     groups: dict[str, list[int]] = {}
     for i, job in enumerate(jobs):
         groups.setdefault(f"native {job.weight.device}" if serves(job.weight) else "torch", []).append(i)
     runners = [
-        (members, (TorchMerge if where == "torch" else NativeMerge)([jobs[i] for i in members]))
+        (members, (TorchMerge if where == "torch" else NativeMerge)([jobs[i] for i in members], seed))
         for where, members in groups.items()
     ]
     if check:
         raise_bad(jobs, _in_order(jobs, [(members, runner.check()) for members, runner in runners]))
-    counts = _in_order(jobs, [(members, runner.merge()) for members, runner in runners])
+    pending = [(members, runner.merge()) for members, runner in runners]
+
+    def read() -> tuple[ModuleMerge, ...]:
+        counts = _in_order(jobs, [(members, read_group()) for members, read_group in pending])
+        return tuple(module_merge(job, each) for job, each in zip(jobs, counts))
+
     backend = "+".join(sorted({runner.kind for _, runner in runners})) or "none"
-    return MergeReport(tuple(module_merge(job, each) for job, each in zip(jobs, counts)), backend)
+    report = MergeReport(read, backend, seed)
+    if not any(runner.capturing for _, runner in runners):
+        len(report)
+    return report
 
 
 def _in_order(jobs: Sequence[MergeJob], done: Sequence[tuple[list[int], Sequence[Counts]]]) -> list[Counts]:

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlora.ops.merge_memory import check_disjoint, check_writable, residual_strides, strides
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ROUNDINGS = ("nearest", "stochastic")
 _ACCEPTED = "float32, float16, bfloat16 or float64"
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """One module of a merge: weight [N, K] += scaling * lora_b [N, R] @ diag(gate [R]) @ lora_a [R, K]."""
+    """One module of a merge: weight [N, K] += scaling * lora_b [N, R] @ diag(gate [R]) @ lora_a [R, K].
+
+    residual: [N, K] or None. place: in the call, from 0.
+    """
 
     name: str
     weight: Tensor
@@ -27,6 +33,28 @@ class MergeJob:
     lora_b: Tensor
     gate: Tensor
     scaling: float
+    residual: Tensor | None
+    place: int
+
+    def negated(self) -> MergeJob:
+        return replace(self, scaling=-self.scaling)
+
+
+def check_rounding(rounding: str, residuals: Sequence[Tensor] | None, seed: int | None) -> int | None:
+    """The seed of stochastic rounding, None for rounding to nearest."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding {rounding!r} is unknown; accepted: {', '.join(map(repr, ROUNDINGS))}.")
+    if rounding == "nearest":
+        if seed is not None:
+            raise ValueError(f'seed {seed} was given with rounding="nearest", which draws nothing; leave one of them.')
+        return None
+    if residuals is not None:
+        raise ValueError(
+            'residuals keep what rounding drops, so there is nothing to draw for; pass rounding="nearest" with them.'
+        )
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ValueError(f"seed is {seed!r}; it must be an integer from 0 to 2^63 - 1, or None.")
+    return seed
 
 
 def check_merge(
@@ -36,14 +64,16 @@ def check_merge(
     gates: Sequence[Tensor],
     scaling: float | Sequence[float],
     names: Sequence[str] | None,
+    residuals: Sequence[Tensor] | None = None,
 ) -> list[MergeJob]:
     """The arguments of `merge_` as one job for each module.
 
     Raises:
         TypeError: an argument is no list, a tensor is not plain memory, or a dtype is not accepted.
-        ValueError: lengths, shapes, devices or strides do not fit, or two weights share memory.
+        ValueError: lengths, shapes, devices or strides do not fit, two weights share memory, or one cannot be written.
     """
     lists = {"weights": weights, "lora_as": lora_as, "lora_bs": lora_bs, "gates": gates}
+    lists |= {} if residuals is None else {"residuals": residuals}
     for what, given in lists.items():
         if not isinstance(given, (list, tuple)):
             raise TypeError(
@@ -55,11 +85,15 @@ def check_merge(
         told = ", ".join(f"{what} {length}" for what, length in lengths.items())
         raise ValueError(f"the lists have different lengths ({told}); each must have one entry for each module.")
     scalings = _check_scalings(scaling, len(weights))
-    columns = (_check_names(names, len(weights)), weights, lora_as, lora_bs, gates, scalings)
-    jobs = [MergeJob(*row) for row in zip(*columns)]
+    kept = [None] * len(weights) if residuals is None else residuals
+    columns = (_check_names(names, len(weights)), weights, lora_as, lora_bs, gates, scalings, kept)
+    jobs = [MergeJob(*row, place) for place, row in enumerate(zip(*columns))]
     for job in jobs:
         _check_job(job)
-    _check_disjoint(jobs)
+    written = [(job.name, job.weight) for job in jobs]
+    written += [(f"the residual of {job.name}", job.residual) for job in jobs if job.residual is not None]
+    check_disjoint(written)
+    check_writable(written)
     return jobs
 
 
@@ -97,14 +131,16 @@ def _check_job(job: MergeJob) -> None:
                 "device. Move the module as a whole with .to(device)."
             )
     _check_strides(job)
+    if job.residual is not None:
+        _check_residual(job, job.residual)
 
 
-def _check_plain(tensor: Any, what: str) -> None:
+def _check_plain(tensor: Any, what: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """Subclasses (DTensor, FakeTensor) and meta tensors answer data_ptr() with something else than their data."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         hint = " Pass the local tensor, or dequantise it." if isinstance(tensor, Tensor) else ""
         raise TypeError(f"{what} is a {type(tensor).__name__}; it must be a plain torch.Tensor or nn.Parameter.{hint}")
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in dtypes:
         raise TypeError(f"{what} has dtype {tensor.dtype}; it must be {_ACCEPTED}. Convert it with .to(torch.float32).")
     if tensor.is_meta:
         raise TypeError(f"{what} is on the meta device and has no data; materialise it with .to_empty() and load it.")
@@ -145,43 +181,23 @@ def _check_strides(job: MergeJob) -> None:
     )
 
 
-def strides(matrix: Tensor) -> tuple[int, int]:
-    """Strides; those of dimensions of size 1, which PyTorch leaves to chance, such that one of the two is 1."""
-    (n, k), (row, col) = matrix.shape, matrix.stride()
-    col = 1 if k == 1 else col
-    return ((k if col == 1 else 1) if n == 1 else row), col
-
-
-def _check_disjoint(jobs: Sequence[MergeJob]) -> None:
-    """Raise when two weights of the call share an element: the result would depend on the order of the writes."""
-    spans = sorted((*_span(job.weight), i) for i, job in enumerate(jobs) if job.weight.numel())
-    for at, (_, end, i) in enumerate(spans):
-        for start, _, j in spans[at + 1 :]:
-            if start >= end:
-                break
-            if jobs[i].weight.device == jobs[j].weight.device and _share(jobs[i].weight, jobs[j].weight):
-                raise ValueError(
-                    f"{jobs[i].name} and {jobs[j].name} share memory; the weights of one call must be apart. "
-                    "If they are tied, merge one of them; if one is to receive two updates, merge them in two calls."
-                )
-
-
-def _span(weight: Tensor) -> tuple[int, int]:
-    """First address and the one behind the last."""
-    (n, k), (row, col) = weight.shape, strides(weight)
-    return weight.data_ptr(), weight.data_ptr() + ((n - 1) * row + (k - 1) * col + 1) * weight.element_size()
-
-
-def _share(one: Tensor, two: Tensor) -> bool:
-    """Whether weights with overlapping spans share an element; side by side in one matrix they need not."""
-    by_rows = [strides(tensor)[1] == 1 for tensor in (one, two)]
-    if by_rows[0] != by_rows[1] or one.dtype != two.dtype:
-        return True
-    one, two = (one, two) if by_rows[0] else (one.t(), two.t())
-    pitch = strides(one)[0]
-    offset, rest = divmod(two.data_ptr() - one.data_ptr(), one.element_size())
-    if rest or pitch != strides(two)[0]:
-        return True
-    # `two` starts at this column, counted from the first column of `one`, in rows of `pitch` elements.
-    column = offset % pitch
-    return column < one.shape[1] or column + two.shape[1] > pitch
+def _check_residual(job: MergeJob, residual: Tensor) -> None:
+    what, weight = f"residual of {job.name}", job.weight
+    exact = weight.dtype == torch.float64
+    if isinstance(residual, Tensor) and residual.dtype != weight.dtype and (exact or residual.dtype != torch.int8):
+        accepted = f"{weight.dtype}, as its weight" + ("" if exact else ", or torch.int8")
+        raise TypeError(f"{what} has dtype {residual.dtype}; it must be {accepted}. Make it with new_residuals().")
+    _check_plain(residual, what, (*DTYPES, torch.int8))
+    if residual.shape != weight.shape or residual.device != weight.device:
+        raise ValueError(
+            f"{what} is {list(residual.shape)} on {residual.device}; it must be {list(weight.shape)} on {weight.device}, "
+            "as its weight. Make it with new_residuals()."
+        )
+    by_rows = strides(weight)[1] == 1
+    row, col = residual_strides(residual, by_rows)
+    n, k = residual.shape
+    if residual.numel() and not ((col == 1 and row >= k) if by_rows else (row == 1 and col >= n)):
+        raise ValueError(
+            f"{what} has strides {list(residual.stride())} and its weight {list(weight.stride())}; they must run the same "
+            "way. Make it with new_residuals()."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fastlora.build import extension
-from fastlora.ops.merge_checks import MergeJob, strides
+from fastlora.ops.merge_checks import MergeJob, residual_strides, strides
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_RESIDUAL_DTYPES = {**_DTYPES, torch.int8: "int8"}
+# what a captured graph reads and writes whenever it is replayed; nothing tells when the last replay was
+_CAPTURED: list[Any] = []
 
 
 def serves(weight: Tensor) -> bool:
@@ -44,34 +47,60 @@ def cuda_obstacle(device: int) -> str:
 class NativeMerge:
     """Jobs of one device as the extension takes them. Everything that a merge allocates is allocated here."""
 
-    def __init__(self, jobs: Sequence[MergeJob]) -> None:
-        self.weights = [job.weight for job in jobs]
-        self.device = self.weights[0].device
+    def __init__(self, jobs: Sequence[MergeJob], seed: int | None) -> None:
+        self._written = [t for job in jobs for t in (job.weight, job.residual) if t is not None]
+        self._seed = seed
+        self.device = jobs[0].weight.device
         self.kind = "cuda" if self.device.type == "cuda" else "cpp"
+        self.capturing = self.kind == "cuda" and torch.cuda.is_current_stream_capturing()
         self._alive: list[Tensor] = []  # what the items point to
         self._items = [self._item(job) for job in jobs]
         if self.kind == "cuda":
-            size = _extension().cuda_workspace(self._items)
-            self._workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self._allocate()
 
-    def check(self) -> list[Any]:
-        return self._call("check")
+    def _allocate(self) -> None:
+        """The device's table of jobs and figures, and pinned memory from which the table is copied without waiting."""
+        table, size = _extension().cuda_workspace(self._items)
+        self._workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._table = torch.empty(table, dtype=torch.uint8, pin_memory=True)
+        if self.capturing:
+            _CAPTURED.append((self._workspace, self._table, self._alive, self._written))
 
-    def merge(self) -> list[Any]:
-        reports = self._call("merge")
-        for weight in self.weights:
+    def check(self) -> Sequence[Any]:
+        if self.capturing:
+            raise ValueError(
+                "check=True reads what it finds on the host, which a stream that is being captured cannot wait for; "
+                "pass check=False and look at the report's `not_finite` after the replay."
+            )
+        if self.kind == "cpp":
+            return _extension().check_cpu(self._items, threads=torch.get_num_threads())
+        return self._launch("check_cuda")()
+
+    def merge(self) -> Callable[[], Sequence[Any]]:
+        """Write, and return what reads the figures."""
+        if self.kind == "cpp":
+            counts = _extension().merge_cpu(self._items, threads=torch.get_num_threads())
+            read = lambda: counts  # noqa: E731
+        else:
+            read = self._launch("merge_cuda")
+        for tensor in self._written:
             # Autograd does not see a raw write: with this, a backward that saved the weight raises instead of using the
             # new values. Inference tensors keep no version, and no backward can have saved them.
-            if not weight.is_inference():
-                torch.autograd.graph.increment_version(weight)
-        return reports
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+        return read
 
-    def _call(self, what: str) -> list[Any]:
-        function = getattr(_extension(), f"{what}_{'cuda' if self.kind == 'cuda' else 'cpu'}")
-        if self.kind == "cpp":
-            return function(self._items, threads=torch.get_num_threads())
+    def _launch(self, function: str) -> Callable[[], Sequence[Any]]:
+        """Enqueue on the caller's stream; what is returned waits for the device and reads the figures."""
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        return function(self._items, device=self.device.index, workspace=self._workspace.data_ptr(), stream=stream)
+        addresses = {"workspace": self._workspace.data_ptr(), "table": self._table.data_ptr(), "stream": stream}
+        getattr(_extension(), function)(self._items, device=self.device.index, **addresses)
+
+        def read() -> Sequence[Any]:
+            figures = self._workspace.cpu()
+            return _extension().cuda_reports(self._items, figures.data_ptr(), function == "check_cuda")
+
+        return read
 
     def _item(self, job: MergeJob) -> Any:
         adapters = [
@@ -80,11 +109,14 @@ class NativeMerge:
         ]
         gate = job.gate.detach().to(torch.float32).contiguous()
         self._alive += [*adapters, gate]
-        matrices = [_matrix(tensor) for tensor in (job.weight, *adapters)]
-        return _extension().MergeItem(*matrices, gate=gate.data_ptr(), scaling=job.scaling)
+        by_rows = strides(job.weight)[1] == 1
+        matrices = [_matrix(job.weight, strides(job.weight)), *(_matrix(each, strides(each)) for each in adapters)]
+        residual = None if job.residual is None else _matrix(job.residual, residual_strides(job.residual, by_rows))
+        options = {"residual": residual, "seed": self._seed, "module": job.place}
+        return _extension().MergeItem(*matrices, gate=gate.data_ptr(), scaling=job.scaling, **options)
 
 
-def _matrix(tensor: Tensor) -> Any:
-    module, (row, col) = _extension(), strides(tensor)
-    dtype = getattr(module.DType, _DTYPES[tensor.dtype])
+def _matrix(tensor: Tensor, strides_: tuple[int, int]) -> Any:
+    module, (row, col) = _extension(), strides_
+    dtype = getattr(module.DType, _RESIDUAL_DTYPES[tensor.dtype])
     return module.Matrix(tensor.data_ptr(), dtype, *tensor.shape, stride_row=row, stride_col=col)

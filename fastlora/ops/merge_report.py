@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
@@ -34,8 +35,10 @@ class ModuleMerge:
         kept_rank: ranks with gate != 0; the others were never visited.
         delta_norm: ||scaling * lora_b @ diag(gate) @ lora_a||_F, of the update as it was summed.
         unchanged: share of the elements with a non-zero update whose stored value did not change: it was too small for
-            the weight's dtype.
-        max_relative_error: largest |stored - (weight + update)| / |weight + update| over the elements.
+            the weight's dtype. Without a residual it is lost, with one it waits there.
+        max_relative_error: largest |stored - (weight + update)| / |weight + update| over the elements. What a residual
+            keeps counts as stored, here and in error_norm.
+        error_norm: ||stored - (weight + update)||_F, what rounding took away.
         not_finite: results that are infinite or NaN; with check=True always 0.
     """
 
@@ -46,19 +49,33 @@ class ModuleMerge:
     delta_norm: float
     unchanged: float
     max_relative_error: float
+    error_norm: float
     not_finite: int = 0
 
+    @property
+    def relative_error(self) -> float:
+        """error_norm / delta_norm: the share of the update that rounding took away; 0 without an update."""
+        return self.error_norm / self.delta_norm if self.delta_norm else 0.0
 
-@dataclass(frozen=True)
+
 class MergeReport:
     """What a merge did: one ModuleMerge for each module, in the order of the call.
 
     Attributes:
+        modules: the ModuleMerges; of a captured merge they are read from the device here, once, which waits for it.
         backend: what ran: "cpp", "cuda" or "torch", joined by "+" when a call needed several; "none" for no modules.
+        seed: of stochastic rounding, else None.
     """
 
-    modules: tuple[ModuleMerge, ...]
-    backend: str
+    def __init__(self, read: Callable[[], tuple[ModuleMerge, ...]], backend: str, seed: int | None = None) -> None:
+        self._read, self.backend, self.seed = read, backend, seed
+
+    @cached_property
+    def modules(self) -> tuple[ModuleMerge, ...]:
+        return self._read()
+
+    def __reduce__(self) -> Any:
+        return _report_of, (self.modules, self.backend, self.seed)
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -68,14 +85,18 @@ class MergeReport:
 
     def __str__(self) -> str:
         width = max([len("module"), *(len(module.name) for module in self.modules)])
-        head = f"{'module':<{width}}  {'dtype':<8}  {'rank':>4}  {'|delta|':>9}  {'unchanged':>9}  {'max rel err':>11}"
+        head = f"{'module':<{width}}  {'dtype':<8}  {'rank':>4}  {'|delta|':>9}  {'unchanged':>9}  {'of it lost':>10}"
         rows = [
             f"{module.name:<{width}}  {_short(module.dtype):<8}  {module.kept_rank:>4}  {module.delta_norm:>9.3g}  "
-            f"{module.unchanged:>9.1%}  {module.max_relative_error:>11.2e}"
+            f"{module.unchanged:>9.1%}  {module.relative_error:>10.2%}"
             + (f"  {module.not_finite} NOT FINITE" if module.not_finite else "")
             for module in self.modules
         ]
         return "\n".join([head, *rows, f"{len(self.modules)} modules merged by {self.backend}"])
+
+
+def _report_of(modules: tuple[ModuleMerge, ...], backend: str, seed: int | None) -> MergeReport:
+    return MergeReport(lambda: modules, backend, seed)
 
 
 class Counts(Protocol):
@@ -88,6 +109,8 @@ class Counts(Protocol):
     not_finite: int
     largest: float
     max_relative: float
+    lost_square: float
+    bad_residual: int
     bad_a: int
     bad_b: int
     bad_gate: int
@@ -102,6 +125,7 @@ def module_merge(job: MergeJob, counts: Counts) -> ModuleMerge:
         delta_norm=math.sqrt(counts.delta_square),
         unchanged=counts.unchanged / counts.updated if counts.updated else 0.0,
         max_relative_error=counts.max_relative,
+        error_norm=math.sqrt(counts.lost_square),
         not_finite=counts.not_finite,
     )
 
@@ -122,7 +146,7 @@ def raise_bad(jobs: Sequence[MergeJob], counts: Sequence[Counts]) -> None:
 
 
 def _faults(job: MergeJob, counts: Counts) -> list[str]:
-    inputs = {"lora_a": counts.bad_a, "lora_b": counts.bad_b, "gate": counts.bad_gate}
+    inputs = {"lora_a": counts.bad_a, "lora_b": counts.bad_b, "gate": counts.bad_gate, "residual": counts.bad_residual}
     found = [
         f"{what} holds {bad} non-finite of {getattr(job, what).numel()} values" for what, bad in inputs.items() if bad
     ]

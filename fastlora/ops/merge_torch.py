@@ -5,17 +5,20 @@ not serve, and for installations without it.
 
 In float32 (float64 for float64 weights), added to the weight in that precision, rounded once. Products and sums are not
 fused, so results may differ from the extension's in the last bit of that precision. Rows are worked on in chunks.
+csrc/merge_rounding.h says what stochastic rounding and residuals compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastlora.ops.merge_checks import MergeJob
+from fastlora.ops.merge_memory import strides
+from fastlora.ops.merge_rounding import draws, residual_store, residual_value, round_randomly
 
 _CHUNK = 1 << 20  # elements worked on together
 
@@ -31,6 +34,8 @@ class TorchReport:
     not_finite: int = 0
     largest: float = 0.0
     max_relative: float = 0.0
+    lost_square: float = 0.0
+    bad_residual: int = 0
     bad_a: int = 0
     bad_b: int = 0
     bad_gate: int = 0
@@ -40,48 +45,78 @@ class TorchMerge:
     """Jobs of any devices."""
 
     kind = "torch"
+    capturing = False
 
-    def __init__(self, jobs: Sequence[MergeJob]) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: Sequence[MergeJob], seed: int | None) -> None:
+        self._jobs, self._seed = jobs, seed
 
     def check(self) -> list[TorchReport]:
-        return [_check(job) for job in self._jobs]
+        return [_check(job, self._seed) for job in self._jobs]
 
-    def merge(self) -> list[TorchReport]:
-        return [_merge(job) for job in self._jobs]
+    def merge(self) -> Callable[[], list[TorchReport]]:
+        reports = [_merge(job, self._seed) for job in self._jobs]
+        return lambda: reports
 
 
 @torch.no_grad()
-def _check(job: MergeJob) -> TorchReport:
+def _check(job: MergeJob, seed: int | None) -> TorchReport:
     """Non-finite inputs, and results that would not be finite; reads only."""
     report = TorchReport(kept_rank=len(_kept(job.gate)))
     report.bad_a, report.bad_b, report.bad_gate = (_bad(tensor) for tensor in (job.lora_a, job.lora_b, job.gate))
-    if not (report.bad_a or report.bad_b or report.bad_gate):
+    report.bad_residual = 0 if job.residual is None else _bad(job.residual)
+    if not (report.bad_a or report.bad_b or report.bad_gate or report.bad_residual):
         for rows, delta in _deltas(job):
-            _count_not_finite(job.weight[rows], delta, report)
+            total, rounded, _ = _sum(job, rows, delta, seed)
+            _count_not_finite(total, rounded, report)
     return report
 
 
 @torch.no_grad()
-def _merge(job: MergeJob) -> TorchReport:
+def _merge(job: MergeJob, seed: int | None) -> TorchReport:
     report = TorchReport(kept_rank=len(_kept(job.gate)))
     for rows, delta in _deltas(job):
-        weight = job.weight[rows]
-        _count_not_finite(weight, delta, report)
-        old = weight.to(delta.dtype)
-        total = old + delta
-        rounded = torch.where(delta != 0, total, old).to(weight.dtype)
+        old = job.weight[rows].to(delta.dtype)
+        total, rounded, lost = _sum(job, rows, delta, seed)
+        _count_not_finite(total, rounded, report)
         stored = rounded.to(delta.dtype)
-        part = total - old
-        lost = (total - stored) + ((old - (total - part)) + (delta - part))  # two-sum: what the sum itself dropped
+        if job.residual is not None:
+            kept = torch.where(delta != 0, residual_store(lost, rounded, job.residual.dtype), job.residual[rows])
+            lost = torch.where(delta != 0, lost - residual_value(kept, rounded, delta.dtype), 0)
+            job.residual[rows] = kept
         relative = (lost / total).abs().nan_to_num(nan=0.0, posinf=float("inf"))
-        norm = float(torch.linalg.vector_norm(delta))
-        report.delta_square += norm * norm
+        report.delta_square += _square(delta)
+        report.lost_square += _square(lost)
         report.updated += int((delta != 0).sum())
         report.unchanged += int(((delta != 0) & (stored == old)).sum())
         report.max_relative = max(report.max_relative, float(relative.max()))
-        weight.copy_(rounded)
+        job.weight[rows] = rounded
     return report
+
+
+def _sum(job: MergeJob, rows: slice, delta: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """weight + update (+ residual) in the working precision, as it is stored, and what storing it loses."""
+    weight = job.weight[rows]
+    old = weight.to(delta.dtype)
+    had = 0 if job.residual is None else residual_value(job.residual[rows], weight, delta.dtype)
+    step = delta + had
+    total = torch.where(delta != 0, old + step, old)
+    if seed is not None and weight.dtype in (torch.float16, torch.bfloat16):
+        by_rows = strides(job.weight)[1] == 1
+        rounded = round_randomly(total, weight.dtype, draws(seed, job.place, rows, job.weight.shape[1], by_rows))
+    else:
+        rounded = total.to(weight.dtype)
+    rest = _dropped(old, step, total) + _dropped(delta, had, step)
+    return total, rounded, (total - rounded.to(delta.dtype)) + torch.where(delta != 0, rest, 0)
+
+
+def _dropped(a: Tensor, b: Tensor | int, total: Tensor) -> Tensor:
+    """What the rounded sum of a and b dropped, exactly (two-sum, Knuth)."""
+    part = total - a
+    return (a - (total - part)) + (b - part)
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
 
 
 def _kept(gate: Tensor) -> list[int]:
@@ -108,9 +143,8 @@ def _deltas(job: MergeJob) -> Iterator[tuple[slice, Tensor]]:
         yield rows, delta
 
 
-def _count_not_finite(weight: Tensor, delta: Tensor, report: TorchReport) -> None:
-    total = torch.where(delta != 0, weight.to(delta.dtype) + delta, weight.to(delta.dtype))
-    bad = ~torch.isfinite(total.to(weight.dtype))
+def _count_not_finite(total: Tensor, rounded: Tensor, report: TorchReport) -> None:
+    bad = ~torch.isfinite(rounded)
     count = int(bad.sum())
     if count:
         report.not_finite += count
