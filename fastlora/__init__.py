@@ -16,6 +16,7 @@ _EXPORTS = {
     "FusedRankLoRALinear": "fastlora.modules.linear",
     "MergeError": "fastlora.ops.merge",
     "MergeReport": "fastlora.ops.merge",
+    "Journal": "fastlora.journal",
     "InjectReport": "fastlora.adapt",
     "RankReport": "fastlora.adapt",
     "adapter_parameters": "fastlora.adapt",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from fastlora.adapter_file import load_adapter, save_adapter
     from fastlora.build import build_info
     from fastlora.continual.demo import open_clip_demo
+    from fastlora.journal import Journal
     from fastlora.modules.linear import FusedRankLoRALinear
     from fastlora.ops.explain import explain
     from fastlora.ops.merge import MergeError, MergeReport

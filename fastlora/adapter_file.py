@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,14 +16,60 @@ from torch import Tensor, nn
 
 from fastlora.adapt import adapters
 from fastlora.files import write_atomically
-from fastlora.modules.adapter import RankAdapter
+from fastlora.fingerprint import fingerprint
 
-FORMAT = "fastlora.adapter/1"
+FORMAT = "fastlora.adapter/2"
+# without a checksum; still read, since its adapters are as good as ever, but no journal takes it: it names no base model
+OLD_FORMAT = "fastlora.adapter/1"
 _TENSORS = ("lora_a", "lora_b", "gate")
 
 
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file as read and checked.
+
+    Attributes:
+        path: where it was read.
+        header: its string pairs: format, settings, sha256, and what the writer added.
+        settings: kappa and scaling by module.
+        tensors: "MODULE.lora_a" [R, K], "MODULE.lora_b" [N, R] and "MODULE.gate" [R] of each module, on the CPU.
+        hashes: fingerprint of the tensors.
+    """
+
+    path: str
+    header: dict[str, str]
+    settings: dict[str, dict[str, float]]
+    tensors: dict[str, Tensor]
+    hashes: dict[str, str]
+
+    def adapter(self, module: str) -> tuple[Tensor, Tensor, Tensor]:
+        """lora_a, lora_b and gate of a module."""
+        lora_a, lora_b, gate = (self.tensors[f"{module}.{key}"] for key in _TENSORS)
+        return lora_a, lora_b, gate
+
+    def check_fits(self, module: str, weight: Sequence[int]) -> None:
+        """Raises ValueError unless the module's adapter fits a weight of this shape, [N, K], and is finite."""
+        tensors = self.adapter(module)
+        r = tensors[2].numel()
+        shapes, wanted = [list(t.shape) for t in tensors], [[r, *weight[1:]], [*weight[:1], r], [r]]
+        if shapes != wanted:
+            raise ValueError(
+                f"{self.path}: {module} has shapes {_listed(shapes)} of lora_a, lora_b, gate; the model takes "
+                f"{_listed(wanted)}. Give the model that it was trained on."
+            )
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+            raise ValueError(
+                f"{self.path}: {module} holds non-finite values; load an adapter from before training diverged."
+            )
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file of the model's adapters, by their keys in it; they share the parameters' memory."""
+    return {f"{name}.{key}": getattr(a, key).detach() for name, a in adapters(model) for key in _TENSORS}
+
+
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the adapters of `model`, at the ranks they hold, with their kappa and scaling.
+    """Write the adapters of `model`, at the ranks they hold, with their kappa and scaling and a checksum of it all.
 
     Args:
         path: file to write; one that exists is replaced in a single step.
@@ -29,14 +78,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], metadata: Mappi
         ValueError: the model has no adapters.
         OSError: the folder cannot be written; an existing file is whole.
     """
-    found = dict(adapters(model))
-    if not found:
+    tensors = {key: tensor.contiguous() for key, tensor in adapter_tensors(model).items()}
+    if not tensors:
         raise ValueError(
             f"{type(model).__name__} has no adapters to save; call fastlora.inject(model, rank=...) first."
         )
-    tensors = {f"{name}.{key}": getattr(a, key).detach().contiguous() for name, a in found.items() for key in _TENSORS}
-    settings = {name: {"kappa": a.kappa, "scaling": a.scaling} for name, a in found.items()}
+    settings = {name: {"kappa": a.kappa, "scaling": a.scaling} for name, a in adapters(model)}
     header = {**(metadata or {}), "format": FORMAT, "settings": json.dumps(settings)}
+    header["sha256"] = _sha256(header, fingerprint(tensors))
     write_atomically(path, save(tensors, metadata=header))
 
 
@@ -44,60 +93,92 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Read adapters into a model that was injected at the same places; their ranks become those of the file.
 
     Raises:
-        ValueError: the file is no adapter file, or its modules or widths are not those of the model (named); no
-            adapter has changed.
+        ValueError: the file is no adapter file, is damaged, or its modules or widths are not those of the model
+            (named); no adapter has changed.
         OSError: the file cannot be read.
     """
-    tensors, settings = read_adapter(path)
+    file = read_adapter(path)
     found = dict(adapters(model))
-    missing, extra = sorted(set(found) - set(settings)), sorted(set(settings) - set(found))
+    missing, extra = sorted(set(found) - set(file.settings)), sorted(set(file.settings) - set(found))
     if missing or extra:
         raise ValueError(
-            f"{path} does not fit the model: it lacks {_some(missing)} and has {_some(extra)} besides. "
+            f"{path} does not fit the model: it lacks {some(missing)} and has {some(extra)} besides. "
             "Inject the same targets, or load the file of this model."
         )
     for name, adapter in found.items():
-        _check_fits(name, adapter, tensors, path)
+        file.check_fits(name, (adapter.out_features, adapter.in_features))
     for name, adapter in found.items():
-        lora_a, lora_b, gate = (tensors[f"{name}.{key}"] for key in _TENSORS)
+        lora_a, lora_b, gate = file.adapter(name)
         adapter._set(lora_a.to(adapter.lora_a), lora_b.to(adapter.lora_b), gate.to(adapter.gate))
-        adapter.kappa, adapter.scaling = settings[name]["kappa"], settings[name]["scaling"]
+        adapter.kappa, adapter.scaling = file.settings[name]["kappa"], file.settings[name]["scaling"]
 
 
-def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """Tensors by key, and kappa and scaling by module, of an adapter file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
+def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+    """Read an adapter file and compare it with its checksum; nothing of it is ever executed.
+
+    Raises:
+        ValueError: the file is no adapter file, is not complete, or some bit of it has changed.
+        OSError: the file cannot be read.
+    """
+    header, tensors = _read(path)
+    if header.get("format") not in (FORMAT, OLD_FORMAT):
         raise ValueError(
-            f"{path} is not a readable safetensors file ({error}). Save it again with save_adapter."
-        ) from error
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {header.get('format')!r}; {FORMAT!r} is accepted. Save it with save_adapter."
+            f"{path} has format {header.get('format')!r}; {FORMAT!r} and {OLD_FORMAT!r} are accepted. "
+            "Save it with save_adapter."
         )
-    settings = json.loads(header["settings"])
+    settings = _settings(header, path)
     wanted = {f"{name}.{key}" for name in settings for key in _TENSORS}
     if wanted != set(tensors):
         odd = sorted(wanted ^ set(tensors))
-        raise ValueError(f"{path} is incomplete: its header and its tensors differ in {_some(odd)}. Save it again.")
-    return tensors, settings
+        raise ValueError(f"{path} is incomplete: its header and its tensors differ in {some(odd)}. Save it again.")
+    hashes = fingerprint(tensors)
+    if header["format"] == FORMAT and header.get("sha256") != _sha256(header, hashes):
+        raise ValueError(
+            f"{path} is damaged: its content has another SHA-256 than its header tells. Restore it from a copy, or save "
+            "it again with save_adapter."
+        )
+    return AdapterFile(os.fspath(path), header, settings, tensors, hashes)
 
 
-def _check_fits(name: str, adapter: RankAdapter, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    lora_a, lora_b, gate = (tensors[f"{name}.{key}"] for key in _TENSORS)
-    r = gate.numel()
-    shapes = (list(lora_a.shape), list(lora_b.shape), list(gate.shape))
-    wanted = ([r, adapter.in_features], [adapter.out_features, r], [r])
-    if shapes != wanted:
-        raise ValueError(f"{path}: {name} has shapes {shapes} of lora_a, lora_b, gate; the model takes {wanted}.")
-    if not all(bool(torch.isfinite(t).all()) for t in (lora_a, lora_b, gate)):
-        raise ValueError(f"{path}: {name} holds non-finite values; load an adapter from before training diverged.")
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}). Restore it from a copy, or save it again with "
+            "save_adapter."
+        ) from error
 
 
-def _some(names: list[str]) -> str:
+def _settings(header: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    try:
+        settings = {
+            name: {"kappa": float(each["kappa"]), "scaling": float(each["scaling"])}
+            for name, each in json.loads(header["settings"]).items()
+        }
+        if not all(0 <= s["kappa"] < math.inf and math.isfinite(s["scaling"]) for s in settings.values()):
+            raise ValueError("a kappa must be finite and >= 0, a scaling finite")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} tells no kappa and scaling of each module ({type(error).__name__}: {error}). Restore it from a copy, "
+            "or save it again with save_adapter."
+        ) from error
+    return settings
+
+
+def _sha256(header: Mapping[str, str], hashes: Mapping[str, str]) -> str:
+    """Of everything in a file: the tensors' names, dtypes, shapes and bytes, and the header but for this hash itself."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps([rest, dict(hashes)], sort_keys=True).encode()).hexdigest()
+
+
+def some(names: list[str]) -> str:
+    """The first three of some names, and the number of the others."""
     if not names:
         return "nothing"
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _listed(shapes: list[list[int]]) -> str:
+    return f"({', '.join(map(str, shapes))})"

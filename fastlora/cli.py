@@ -152,16 +152,24 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def merge(argv: Sequence[str]) -> None:
-    """add an adapter file to a file of weights: BASE.safetensors ADAPTER.safetensors --out OUT.safetensors [--force]"""
+    """add adapter files to a file of weights: BASE.safetensors ADAPTER.safetensors ... --out OUT.safetensors [--force]"""
     parser = _parser("merge", merge)
     parser.add_argument("base", type=Path, metavar="BASE", help="state_dict of an open_clip model, as safetensors")
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="such as RUN/adapters/task_01.safetensors")
+    parser.add_argument(
+        "adapters",
+        type=Path,
+        nargs="+",
+        metavar="ADAPTER",
+        help="such as RUN/adapters/task_*.safetensors; merged in the order given",
+    )
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     options = parser.parse_args(argv)
     from fastlora.merge_files import merge_files
 
-    print(merge_files(options.base, options.adapter, options.out, force=options.force))
+    reports = merge_files(options.base, options.adapters, options.out, force=options.force)
+    for path, report in zip(options.adapters, reports):
+        print(f"{path}\n{report}")
     print(f"written: {options.out}")
 
 

@@ -1,42 +1,45 @@
-"""Merging an adapter file into a file of weights, without building a model."""
+"""Merging adapter files into a file of weights, without building a model."""
 
 from __future__ import annotations
 
-import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fastlora.adapter_file import read_adapter
+from fastlora.base_weights import merge_adapter
 from fastlora.files import write_atomically
-from fastlora.ops.merge import MergeReport, merge_
-from fastlora.reference import soft_threshold
-
-_PACKED = ("q", "k", "v")  # row blocks of in_proj_weight, in this order
+from fastlora.journal_entry import JournalEntry, check_kinds, check_one_base, check_untouched, in_journal, journal_entry
+from fastlora.ops.merge import MergeReport
 
 
 def merge_files(
     base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     force: bool = False,
-) -> MergeReport:
-    """Write the weights of `base` with the update of `adapter` added, in their own dtypes.
+) -> list[MergeReport]:
+    """Write the weights of `base` with the updates of `adapters` added one after the other, in their own dtypes.
+
+    Files of a journal must be of one journal and in the order of its tasks. When they begin with task 1, `base` must be
+    the untouched base model; when with a later one, a model of its shapes, such as the one after the task before.
 
     Args:
         base: safetensors file with the state_dict of an open_clip model (or any model that the adapters' names fit).
-        adapter: file from `fastlora.save_adapter`, such as adapters/task_01.safetensors of a run.
+        adapters: files of a journal, such as adapters/task_01.safetensors of a run, or from `fastlora.save_adapter`.
         out: file to write, in one step.
         force: replace `out` where it exists.
+    Returns:
+        A report for each adapter file.
     Raises:
         FileExistsError: `out` exists and force is False.
-        ValueError: a file cannot be read, or the adapter does not fit the weights; the module is named.
-        MergeError: an adapter is not finite, or a sum overflows. Whatever is raised, `out` has not changed.
+        ValueError: a file cannot be read, or an adapter does not fit the weights; the module is named.
+        MergeError: a sum overflows. Whatever is raised, `out` has not changed.
     """
     out = Path(out)
     if out.exists() and not force:
@@ -46,18 +49,11 @@ def merge_files(
             f"{out.absolute().parent} is no directory, so {out.name} cannot be written there. Make it first."
         )
     state, metadata = _read_state(Path(base))
-    tensors, settings = read_adapter(adapter)
-    names = list(settings)
-    report = merge_(
-        [_weight_of(state, name, tensors[f"{name}.lora_b"], Path(base)) for name in names],
-        [tensors[f"{name}.lora_a"] for name in names],
-        [tensors[f"{name}.lora_b"] for name in names],
-        [soft_threshold(tensors[f"{name}.gate"], settings[name]["kappa"]) for name in names],
-        scaling=[settings[name]["scaling"] for name in names],
-        names=names,
-    )
+    # read twice: what is checked here is not kept, so that one task's adapters are in memory at a time
+    _check_journal(base, state, [journal_entry(file) for file in map(read_adapter, adapters) if in_journal(file)])
+    reports = [merge_adapter(read_adapter(path), state, str(base)) for path in adapters]
     write_atomically(out, save(state, metadata))
-    return report
+    return reports
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -70,22 +66,19 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
-def _weight_of(state: dict[str, Tensor], name: str, lora_b: Tensor, path: Path) -> Tensor:
-    """The weight that module `name` updates; for q, k and v their rows of the packed projection."""
-    if f"{name}.weight" in state:
-        return state[f"{name}.weight"]
-    parent, _, part = name.rpartition(".")
-    packed = state.get(f"{parent}.in_proj_weight")
-    if part not in _PACKED or packed is None:
-        near = difflib.get_close_matches(name, state, n=1, cutoff=0.3)
-        hint = f" Nearest is {near[0]}." if near else ""
-        raise ValueError(
-            f"{path} has no weight for the adapter of {name}.{hint} Give the weights that it was trained on."
-        )
-    rows = lora_b.shape[0]
-    if packed.shape[0] != 3 * rows:
-        raise ValueError(
-            f"{path}: {parent}.in_proj_weight has shape {list(packed.shape)}; with lora_b {list(lora_b.shape)} "
-            f"of {name} it must have {3 * rows} rows. Give the weights that the adapter was trained on."
-        )
-    return torch.chunk(packed, 3)[_PACKED.index(part)]
+def _check_journal(path: str | os.PathLike[str], state: dict[str, Tensor], entries: Sequence[JournalEntry]) -> None:
+    if not entries:
+        return
+    check_one_base(entries)
+    for earlier, later in zip(entries, entries[1:]):
+        if earlier.number >= later.number:
+            raise ValueError(
+                f"{later.path} (task {later.number}) comes after {earlier.path} (task {earlier.number}); the files of a "
+                "journal are merged in the order of its tasks, each once. Give them in that order."
+            )
+    # a state_dict has buffers besides, and may lack a tied weight
+    base = {name: entries[0].base[name] for name in entries[0].base if name in state}
+    weights = {name: state[name] for name in base}
+    check_kinds(str(path), weights, base)
+    if entries[0].number == 1:
+        check_untouched(str(path), weights, entries)

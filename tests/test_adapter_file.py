@@ -1,5 +1,8 @@
 import os
+import pathlib
+import resource
 import stat
+import tempfile
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastlora
+from fastlora.adapter_file import read_adapter
 
 
 def model(width=6, kappa=0.0):
@@ -62,11 +66,43 @@ def lacking_a_tensor(path):
     save_file(tensors, path, header)
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def without_checksum(path):
+    rewrite(path, sha256=None)
+
+
+def with_other_settings(path):
+    rewrite(path, settings='{"0": {"kappa": 0.0, "scaling": 2.0}, "1": {"kappa": 0.0, "scaling": 2.0}}')
+
+
+def with_settings(text):
+    return lambda path: rewrite(path, format="fastlora.adapter/1", settings=text)
+
+
+def rewrite(path, **header):
+    """The same tensors under a header with these changes; None takes a key out."""
+    file = read_adapter(path)
+    changed = {key: value for key, value in (file.header | header).items() if value is not None}
+    save_file(file.tensors, path, changed)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (flip_a_bit, "is damaged: its content has another SHA-256 than its header tells. Restore it"),
+        (without_checksum, "is damaged"),
+        (with_other_settings, "is damaged"),
+        (with_settings("{"), "tells no kappa and scaling of each module .JSONDecodeError"),
+        (with_settings('{"0": {}}'), "tells no kappa and scaling of each module .KeyError: 'kappa'"),
+        (with_settings("[1]"), "tells no kappa and scaling of each module .AttributeError"),
+        (with_settings('{"0": {"kappa": NaN, "scaling": 1}}'), "a kappa must be finite and >= 0"),
         (corrupt, "is not a readable safetensors file"),
-        (of_another_format, "has format None; 'fastlora.adapter/1' is accepted"),
+        (of_another_format, "has format None; 'fastlora.adapter/2' and 'fastlora.adapter/1' are accepted"),
         (lacking_a_tensor, "is incomplete: its header and its tensors differ in 1.gate"),
         (lambda path: path.write_bytes(b"\x80\x04pickle"), "is not a readable safetensors file"),
     ],
@@ -79,6 +115,35 @@ def test_a_damaged_file_changes_nothing(tmp_path, damage, message):
     before = state(target)
     with pytest.raises(ValueError, match=message):
         fastlora.load_adapter(target, path)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), state(target).values()))
+
+
+def test_a_file_of_the_older_format_is_read(tmp_path):
+    """It has no checksum to be compared with."""
+    saved = model(kappa=0.5)
+    fastlora.save_adapter(saved, tmp_path / "a.safetensors")
+    rewrite(tmp_path / "a.safetensors", format="fastlora.adapter/1", sha256=None)
+    loaded = model()
+    fastlora.load_adapter(loaded, tmp_path / "a.safetensors")
+    for (_, ours), (_, theirs) in zip(fastlora.adapters(loaded), fastlora.adapters(saved)):
+        assert torch.equal(ours.delta_weight(), theirs.delta_weight()) and ours.kappa == 0.5
+
+
+def test_the_metadata_is_covered_by_the_checksum(tmp_path):
+    fastlora.save_adapter(model(), tmp_path / "a.safetensors", {"task": "3"})
+    assert read_adapter(tmp_path / "a.safetensors").header["task"] == "3"
+    with pytest.raises(ValueError, match="is damaged"):
+        rewrite(tmp_path / "a.safetensors", task="4") or read_adapter(tmp_path / "a.safetensors")
+
+
+def test_what_is_not_finite_is_not_loaded(tmp_path):
+    broken = model()
+    fastlora.adapters(broken).__next__()[1].lora_b.data[0] = float("inf")
+    fastlora.save_adapter(broken, tmp_path / "a.safetensors")
+    target = model()
+    before = state(target)
+    with pytest.raises(ValueError, match="0 holds non-finite values; load an adapter from before training diverged"):
+        fastlora.load_adapter(target, tmp_path / "a.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(before.values(), state(target).values()))
 
 
@@ -113,6 +178,53 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_the_file_is_readable_by_others(tmp_path):
     fastlora.save_adapter(model(), tmp_path / "a.safetensors")
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    """By the limit on the size of a file, which a write meets in its middle."""
+    path = tmp_path / "a.safetensors"
+    fastlora.save_adapter(model(), path)
+    old, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = nn.Sequential(nn.Linear(64, 64))
+    fastlora.inject(large, rank=64, where=["0"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
+    try:
+        with pytest.raises(
+            OSError, match="a.safetensors was not written .File too large.; what was there before is whole"
+        ):
+            fastlora.save_adapter(large, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_directory_that_cannot_be_written(nobody):
+    """Also a journal's."""
+    folder = nobody
+    for write in (
+        lambda: fastlora.save_adapter(model(), folder / "a.safetensors"),
+        lambda: fastlora.Journal(folder).append(model()),
+    ):
+        with pytest.raises(PermissionError, match="safetensors was not written .Permission denied.* can be written"):
+            write()
+    with pytest.raises(FileNotFoundError, match="Make sure that .*missing exists"):
+        fastlora.save_adapter(model(), folder / "missing" / "a.safetensors")
+    assert os.listdir(folder) == []
+
+
+@pytest.fixture
+def nobody():
+    """A directory that can be read, and a user who may not write it: root may write anywhere."""
+    folder, user = tempfile.mkdtemp(), os.geteuid()
+    os.chmod(folder, 0o555)
+    if user == 0:
+        try:
+            os.seteuid(65534)
+        except PermissionError:
+            pytest.skip("root without the right to become another user writes anywhere")
+    yield pathlib.Path(folder)
+    os.seteuid(user)
+    os.rmdir(folder)
 
 
 def test_missing_file_and_missing_adapters(tmp_path):

@@ -10,10 +10,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("fastlora.triton_kernels",),
-    ("fastlora.reference", "fastlora.checks", "fastlora.files", "fastlora.build", "fastlora._C"),
+    (
+        "fastlora.reference",
+        "fastlora.checks",
+        "fastlora.files",
+        "fastlora.fingerprint",
+        "fastlora.build",
+        "fastlora._C",
+    ),
     ("fastlora.ops",),
     ("fastlora.modules",),
-    ("fastlora.adapt", "fastlora.adapter_file", "fastlora.merge_files", "fastlora.optim", "fastlora.tune"),
+    ("fastlora.adapt", "fastlora.optim", "fastlora.tune"),
+    ("fastlora.adapter_file", "fastlora.base_weights"),
+    ("fastlora.journal", "fastlora.journal_entry", "fastlora.merge_files"),
     ("fastlora.continual",),
     ("fastlora.doctor", "fastlora.cli"),
 )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-import fastlora
 from fastlora.continual.manifest import hashes
 from fastlora.continual.saved_run import SavedRun
 from fastlora.continual.stream import TaskStream
+from fastlora.journal import Journal
 
 
 def check_same_tests(run: SavedRun, stream: TaskStream) -> None:
@@ -31,28 +31,19 @@ def restore(model: nn.Module, run: SavedRun, task: int) -> str:
     Returns:
         What was read, in words.
     Raises:
-        ValueError: no such task in the run, or a file does not fit the model. FileNotFoundError: neither is there.
+        ValueError: no such task in the run, or a file does not fit the model. FileNotFoundError: neither the checkpoint
+            nor every adapter file is there.
     """
     finished = run.record.finished_tasks
     if not 0 <= task <= finished:
         raise ValueError(f"task {task} was asked for; {run.path} has finished {finished} tasks. Give 0 to {finished}.")
-    method = run.config["method"]
     if task == 0 or not run.record.ranks:
         return "the base model"
     checkpoint = run.path / "checkpoints" / f"task_{task:02d}.safetensors"
     if checkpoint.is_file():
         _load_checkpoint(model, checkpoint)
         return str(checkpoint.relative_to(run.path))
-    journal = [run.path / "adapters" / f"task_{number:02d}.safetensors" for number in range(1, task + 1)]
-    for file in journal:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing, and so is {checkpoint}; task {task} cannot be rebuilt without them."
-            )
-        fastlora.inject(model, method["rank"], targets=method["targets"], where=method["where"])
-        fastlora.load_adapter(model, file)
-        fastlora.merge(model)
-        fastlora.remove(model)
+    Journal(run.path / "adapters").rebuild(model, after=task)
     return f"{task} adapter files"
 
 

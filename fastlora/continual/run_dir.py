@@ -24,6 +24,8 @@ from fastlora.files import write_atomically
 if TYPE_CHECKING:
     from torch import nn
 
+    from fastlora.journal import Journal
+
 LOG_COLUMNS = ("task", "iteration", "loss", "lr", "kappa", "active_rank")
 RANK_COLUMNS = ("task", "module", "rank", "active_rank", "delta_norm")
 TABLES = {"own": "accuracy.csv", "union": "accuracy_union.csv"}
@@ -75,8 +77,11 @@ class RunDir:
         with open(self.path / "log.csv", "a", newline="") as file:
             file.write(_csv(None, rows))
 
-    def journal(self, task: int) -> Path:
-        return self.path / "adapters" / f"task_{task:02d}.safetensors"
+    @property
+    def journal(self) -> Journal:
+        from fastlora.journal import Journal
+
+        return Journal(self.path / "adapters")
 
     def save_checkpoint(self, task: int, model: nn.Module) -> Path:
         """The model's plain state_dict in its own dtypes."""

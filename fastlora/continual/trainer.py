@@ -152,7 +152,7 @@ class Trainer:
 
     def _context(self, number: int, task: Task) -> TaskContext:
         seen_classes = sum(len(earlier.classes) for earlier in self.stream.tasks[: number - 1])
-        journal = self._run.journal(number) if self._run else None
+        journal = self._run.journal if self._run else None
         return TaskContext(self.model, task, number, self.config.seed, seen_classes, journal)
 
     def _evaluate(self, what: str, known: Evaluation | None = None) -> Evaluation:

@@ -131,8 +131,20 @@ def test_adapters_rebuild_the_model_after_any_task(make_clip, tokenizer, stream,
     with pytest.raises(ValueError, match="task 4 was asked for; .* has finished 3 tasks"):
         restore(make_clip(), run, 4)
     (out / "adapters" / "task_02.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="task_02.safetensors is missing, and so is .*task_03"):
+    with pytest.raises(FileNotFoundError, match="task_02.safetensors is missing; what has task 2 in it"):
         restore(make_clip(), run, 3)
+
+
+def test_a_run_is_not_restored_into_another_base(make_clip, tokenizer, stream, tmp_path):
+    out = tmp_path / "run"
+    Trainer(make_clip(), tokenizer, stream, codyra(), out=out, progress=False, checkpoints="none").fit()
+    assert [entry.name for entry in fastlora.Journal(out / "adapters")] == ["red", "green", "blue"]
+    other = make_clip()
+    other.token_embedding.weight.data[0, 0] += 1
+    before = plain_state(other)
+    with pytest.raises(ValueError, match=r"CLIP differs from .* \(token_embedding.weight\), .* same shapes"):
+        restore(other, read_run(out), 2)
+    assert_same_state(other.state_dict(), before)
 
 
 def test_lora_keeps_every_rank_and_every_gate_at_one(clip, tokenizer, stream, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from fastlora.adapt import RankReport
 from fastlora.continual.batches import generator_for
 from fastlora.continual.config import LoRAConfig, MethodConfig
 from fastlora.continual.stream import Task
+from fastlora.journal import Journal
 from fastlora.optim import ProxAdamW
 
 
@@ -27,7 +27,7 @@ class TaskContext:
         number: 1 for the first task.
         seed: of the run.
         seen_classes: number of classes of the earlier tasks.
-        journal: file for the task's adapters, or None when nothing is kept.
+        journal: takes the task's adapters; None when nothing is kept.
         optimizer: steps and anneals; the lr of each of its groups is the one at the first step of the task.
         step: iteration (from 0), images, labels, image_features, text_features and loss of the step in work.
     """
@@ -37,7 +37,7 @@ class TaskContext:
     number: int
     seed: int
     seen_classes: int
-    journal: Path | None = None
+    journal: Journal | None = None
     optimizer: Any = None
     step: dict[str, Any] = field(default_factory=dict)
 
@@ -122,7 +122,7 @@ class AdapterMethod(Method):
         fastlora.prune(ctx.model)
         if ctx.journal is not None:
             # the pruned adapters beside the untouched base rebuild the model after any task
-            fastlora.save_adapter(ctx.model, ctx.journal, {"task": str(ctx.number), "task_name": ctx.task.name})
+            ctx.journal.append(ctx.model, ctx.task.name)
         fastlora.merge(ctx.model)
         fastlora.remove(ctx.model)
         return report
