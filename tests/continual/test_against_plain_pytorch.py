@@ -41,8 +41,8 @@ def run_fast(tmp_path, operator, kappa_max):
     losses = [[float(row["loss"]) for row in rows if row["task"] == str(task)] for task in (1, 2)]
     gates = []
     for task in (1, 2):
-        tensors, settings = read_adapter(tmp_path / "run" / "adapters" / f"task_{task:02d}.safetensors")
-        gates.append([tensors[f"{name}.gate"] for name in settings])
+        file = read_adapter(tmp_path / "run" / "adapters" / f"task_{task:02d}.safetensors")
+        gates.append([file.adapter(name)[2] for name in file.settings])
     return demo.model, losses, gates
 
 
