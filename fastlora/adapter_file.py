@@ -19,7 +19,7 @@ from fastlora.files import write_atomically
 from fastlora.fingerprint import fingerprint
 
 FORMAT = "fastlora.adapter/2"
-# without a checksum; still read, since its adapters are as good as ever, but no journal takes it: it names no base model
+# without a checksum; still read, since its adapters are as good as ever, but no journal takes it: it names no base
 OLD_FORMAT = "fastlora.adapter/1"
 _TENSORS = ("lora_a", "lora_b", "gate")
 
@@ -134,8 +134,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     hashes = fingerprint(tensors)
     if header["format"] == FORMAT and header.get("sha256") != _sha256(header, hashes):
         raise ValueError(
-            f"{path} is damaged: its content has another SHA-256 than its header tells. Restore it from a copy, or save "
-            "it again with save_adapter."
+            f"{path} is damaged: its content has another SHA-256 than its header tells. Restore it from a copy, or "
+            "save it again with save_adapter."
         )
     return AdapterFile(os.fspath(path), header, settings, tensors, hashes)
 
@@ -161,14 +161,14 @@ def _settings(header: Mapping[str, str], path: str | os.PathLike[str]) -> dict[s
             raise ValueError("a kappa must be finite and >= 0, a scaling finite")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path} tells no kappa and scaling of each module ({type(error).__name__}: {error}). Restore it from a copy, "
-            "or save it again with save_adapter."
+            f"{path} tells no kappa and scaling of each module ({type(error).__name__}: {error}). Restore it from a "
+            "copy, or save it again with save_adapter."
         ) from error
     return settings
 
 
 def _sha256(header: Mapping[str, str], hashes: Mapping[str, str]) -> str:
-    """Of everything in a file: the tensors' names, dtypes, shapes and bytes, and the header but for this hash itself."""
+    """Of everything in a file: names, dtypes, shapes and bytes of the tensors, and the header but for this hash."""
     rest = {key: value for key, value in header.items() if key != "sha256"}
     return hashlib.sha256(json.dumps([rest, dict(hashes)], sort_keys=True).encode()).hexdigest()
 

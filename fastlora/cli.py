@@ -152,7 +152,7 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def merge(argv: Sequence[str]) -> None:
-    """add adapter files to a file of weights: BASE.safetensors ADAPTER.safetensors ... --out OUT.safetensors [--force]"""
+    """add adapter files to a file of weights: BASE.safetensors ADAPTER.safetensors ... --out FILE [--force]"""
     parser = _parser("merge", merge)
     parser.add_argument("base", type=Path, metavar="BASE", help="state_dict of an open_clip model, as safetensors")
     parser.add_argument(

@@ -66,8 +66,8 @@ class Journal:
     def append(self, model: nn.Module, name: str = "", **merge_options: Any) -> Path:
         """Prune the adapters of `model` and write them as the next task. Call it before the merge, which resets them.
 
-        Reads the earlier files, and hashes what they do not update, since it must be as it was before task 1. Should the
-        merge that follows fail, remove the file that is returned.
+        Reads the earlier files, and hashes what they do not update, since it must be as it was before task 1. Should
+        the merge that follows fail, remove the file that is returned.
 
         Args:
             name: of the task, for the listing.
@@ -146,8 +146,8 @@ class Journal:
             raise ValueError(f"after={after} and tasks={list(tasks)} were given; give one of them.")
         if tasks is not None and list(tasks) != sorted(set(tasks) & set(every)):
             raise ValueError(
-                f"tasks is {list(tasks)}; {self.directory} holds {len(every)} tasks. Give numbers from 1 to {len(every)}, "
-                "ascending, each once: they are merged in the order in which they were learned."
+                f"tasks is {list(tasks)}; {self.directory} holds {len(every)} tasks. Give numbers from 1 to "
+                f"{len(every)}, ascending, each once: they are merged in the order in which they were learned."
             )
         if after is not None and not 0 <= after <= len(every):
             raise ValueError(
@@ -165,8 +165,8 @@ class Journal:
         path = self._path(number)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing; what has task {number} in it cannot be built without. Put the file back, or leave the "
-                "task out with rebuild(model, tasks=[...])."
+                f"{path} is missing; what has task {number} in it cannot be built without. Put the file back, or leave "
+                "the task out with rebuild(model, tasks=[...])."
             )
         entry = journal_entry(read_adapter(path))
         if entry.number != number:
@@ -228,5 +228,6 @@ def _check_plain(model: nn.Module) -> None:
     found = sum(1 for _ in adapters(model))
     if found:
         raise ValueError(
-            f"{type(model).__name__} has {found} adapters; rebuild takes the plain base model. Call fastlora.remove(model)."
+            f"{type(model).__name__} has {found} adapters; rebuild takes the plain base model. "
+            "Call fastlora.remove(model)."
         )

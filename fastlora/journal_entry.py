@@ -57,8 +57,8 @@ def journal_entry(file: AdapterFile) -> JournalEntry:
     header = file.header
     if not in_journal(file):
         raise ValueError(
-            f"{file.path} names no base model (format {header['format']!r}), so nothing shows which weights it belongs to; "
-            "a journal holds files of Journal.append. Merge it by itself with `fastlora merge`, or train again."
+            f"{file.path} names no base model (format {header['format']!r}), so nothing shows which weights it belongs "
+            "to; a journal holds files of Journal.append. Merge it by itself with `fastlora merge`, or train again."
         )
     return JournalEntry(
         number=int(header["task"]),

@@ -73,8 +73,8 @@ def _check_journal(path: str | os.PathLike[str], state: dict[str, Tensor], entri
     for earlier, later in zip(entries, entries[1:]):
         if earlier.number >= later.number:
             raise ValueError(
-                f"{later.path} (task {later.number}) comes after {earlier.path} (task {earlier.number}); the files of a "
-                "journal are merged in the order of its tasks, each once. Give them in that order."
+                f"{later.path} (task {later.number}) comes after {earlier.path} (task {earlier.number}); the files of "
+                "a journal are merged in the order of its tasks, each once. Give them in that order."
             )
     # a state_dict has buffers besides, and may lack a tied weight
     base = {name: entries[0].base[name] for name in entries[0].base if name in state}
