@@ -223,7 +223,8 @@ __device__ void store(T* at, int count, const Eight<T>& values) {
 }
 
 struct Sums {  // of the 32 elements of a thread
-    float square = 0, lost_square = 0, largest = 0, max_relative = 0;
+    float square = 0, lost_square = 0, largest = 0;
+    float worst_gone = 0, worst_sum = 1;  // whose ratio is the largest so far: compared by products, divided once
     int updated = 0, unchanged = 0, not_finite = 0, bad_residual = 0;
     double delta_square = 0;
 };
@@ -234,8 +235,8 @@ __device__ void tally(const O& out, float delta, Sums& sums) {
     sums.lost_square = multiply_add(out.gone, out.gone, sums.lost_square);
     sums.updated += delta != 0;
     sums.unchanged += delta != 0 && out.stored == out.old;
-    if (fabsf(out.gone) > sums.max_relative * fabsf(out.sum)) {
-        sums.max_relative = larger(fabsf(out.gone) / fabsf(out.sum), sums.max_relative);
+    if (fabsf(out.gone) * sums.worst_sum > sums.worst_gone * fabsf(out.sum)) {
+        sums.worst_gone = fabsf(out.gone), sums.worst_sum = fabsf(out.sum);
     }
     if (is_finite(out.stored)) return;
     sums.not_finite += 1;
@@ -263,7 +264,9 @@ __device__ void finish(const Oriented& item, int64_t row0, int64_t col, const fl
 #pragma unroll
         for (int j = 0; j < COLS; ++j) {
             if (j >= count) break;
-            if (M::residual && !WRITE) sums.bad_residual += !is_finite(load_as_float(&kept.v[j], item.residual_dtype, 0));
+            if constexpr (M::residual && !WRITE) {
+                sums.bad_residual += !is_finite(residual_value(S{}, typename M::template Residual<S>{}, kept.v[j], 1.0f));
+            }
             const auto out = M::merge(S{}, weight.v[j], kept.v[j], delta[i][j], word[j / 4][j % 4]);
             weight.v[j] = out.bits;
             kept.v[j] = out.kept;
@@ -355,7 +358,7 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const DeviceItem* ite
     record.stats.unchanged = reduce(int64_t(sums.unchanged), shared.integers, add);
     record.stats.not_finite = reduce(int64_t(sums.not_finite), shared.integers, add);
     record.stats.largest = reduce(sums.largest, shared.floats, most);
-    record.stats.max_relative = reduce(sums.max_relative, shared.floats, most);
+    record.stats.max_relative = reduce(sums.worst_gone / sums.worst_sum, shared.floats, most);
     record.inputs = {tile_row == 0 && tile_col == 0 ? kept : 0, 0, 0, 0, 0};
     if (!WRITE) {
         const Factor gate{item.gate, DType::float32, 1, 0, false};

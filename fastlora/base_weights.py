@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.adapt import adapter_parameters
 from fastlora.adapter_file import AdapterFile
-from fastlora.ops.merge import MergeReport, merge_
+from fastlora.ops.merge import MergeReport, merge_, new_residuals
 from fastlora.reference import soft_threshold
 
 _PACKED = ("q", "k", "v")  # row blocks of in_proj_weight, in this order
@@ -43,10 +43,12 @@ def host_of(weights: Collection[str], module: str, where: str) -> str:
     )
 
 
-def merge_adapter(file: AdapterFile, weights: Mapping[str, Tensor], where: str) -> MergeReport:
+def merge_adapter(
+    file: AdapterFile, weights: Mapping[str, Tensor], where: str, residuals: dict[str, Tensor] | None = None
+) -> MergeReport:
     """Add the updates of an adapter file to the weights, in place and in one call of `fastlora.ops.merge_`.
 
-    Rounds as the file's writer did, where its header tells (`merge`).
+    Rounds as the file's writer did, where its header tells (`merge`). residuals: by module, as in `fastlora.merge`.
 
     Raises:
         ValueError: an adapter does not fit its weight, or is not finite. MergeError: a sum overflows. No weight has
@@ -56,6 +58,9 @@ def merge_adapter(file: AdapterFile, weights: Mapping[str, Tensor], where: str) 
     targets = [_target(file, weights, name, where) for name in names]
     columns = [[t.to(weight.device) for t in file.adapter(name)] for name, weight in zip(names, targets)]
     gates = [soft_threshold(gate, file.settings[name]["kappa"]) for name, (_, _, gate) in zip(names, columns)]
+    if residuals is not None:
+        fresh = [(name, target) for name, target in zip(names, targets) if name not in residuals]
+        residuals |= {name: new_residuals([target])[0] for name, target in fresh}
     return merge_(
         targets,
         [lora_a for lora_a, _, _ in columns],
@@ -63,6 +68,7 @@ def merge_adapter(file: AdapterFile, weights: Mapping[str, Tensor], where: str) 
         gates,
         scaling=[file.settings[name]["scaling"] for name in names],
         names=names,
+        residuals=None if residuals is None else [residuals[name] for name in names],
         **json.loads(file.header.get("merge", "{}")),
     )
 

@@ -92,7 +92,12 @@ class Journal:
         return path
 
     def rebuild(
-        self, model: nn.Module, after: int | None = None, *, tasks: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        after: int | None = None,
+        *,
+        tasks: Sequence[int] | None = None,
+        residuals: dict[str, Tensor] | None = None,
     ) -> list[MergeReport]:
         """Bring the untouched base model to the state after a task, or after some tasks alone.
 
@@ -103,6 +108,8 @@ class Journal:
             model: the base model without adapters; its parameters are written in place.
             after: number of the last task, 0 for the base model; by default the last one of the journal.
             tasks: in place of `after`, the numbers of the tasks to keep, ascending.
+            residuals: for tasks that were merged with residuals, those of the base model: {} for zeros in the weights'
+                dtype, or zeros of int8 by adapter. They are left as `fastlora.merge` left its own.
         Returns:
             A report for each task.
         Raises:
@@ -122,10 +129,13 @@ class Journal:
             check_untouched(what, weights, known)
         # merged beside the model, so that a fault in the last file finds the first weight as it was
         copies = {name: weights[name].clone() for name in hosts(what, weights, entries)}
-        reports = [merge_adapter(read_adapter(entry.path), weights | copies, what) for entry in entries]
+        kept = None if residuals is None else {name: residual.clone() for name, residual in residuals.items()}
+        reports = [merge_adapter(read_adapter(entry.path), weights | copies, what, kept) for entry in entries]
         with torch.no_grad():
             for name, merged in copies.items():
                 weights[name].copy_(merged)
+        if residuals is not None and kept is not None:
+            residuals |= kept
         return reports
 
     def _path(self, number: int) -> Path:

@@ -182,18 +182,57 @@ def test_a_weight_that_is_tied_to_an_adapted_one(tmp_path):
         journal.rebuild(rebuilt)
 
 
-def test_merge_options_are_repeated(tmp_path, monkeypatch):
-    from fastlora import base_weights
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_rounding_is_repeated(tmp_path, dtype):
+    model, journal = Net(dtype=dtype), fastlora.Journal(tmp_path / "journal")
+    nearest = Net(dtype=dtype)
+    for task in (1, 2):
+        journal.append(learn(model, task), rounding="stochastic", seed=task)
+        fastlora.merge(model, rounding="stochastic", seed=task)
+        fastlora.remove(model)
+        settle(learn(nearest, task))
+    assert [entry.merge_options for entry in journal] == [{"rounding": "stochastic", "seed": seed} for seed in (1, 2)]
+    base = Net(dtype=dtype)
+    journal.rebuild(base)
+    assert same(state(base), state(model))
+    assert same(state(base), state(nearest)) is (dtype == torch.float32)
 
-    journal, model, given = fastlora.Journal(tmp_path / "journal"), Net(), []
-    journal.append(learn(model, 1), rounding="stochastic", seed=7)
-    settle(model)
-    journal.append(learn(model, 2))
-    monkeypatch.setattr(base_weights, "merge_", lambda *lists, scaling, names, **options: given.append(options))
-    journal.rebuild(Net())
-    assert given == [{"rounding": "stochastic", "seed": 7}, {}]
-    with pytest.raises(TypeError, match=r"merge options \['residuals'\] were given; a journal keeps rounding and seed"):
-        journal.append(model, residuals=[])
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residuals_are_rebuilt_with_the_weights(tmp_path, dtype, int8):
+    def residuals_of(model):
+        if not int8:
+            return {}
+        weights = {name: adapter.weight for name, adapter in fastlora.adapters(learn(model, 1))}
+        fastlora.remove(model)
+        return dict(zip(weights, fastlora.ops.new_residuals(list(weights.values()), int8=True)))
+
+    model, journal = Net(dtype=dtype), fastlora.Journal(tmp_path / "journal")
+    residuals = residuals_of(model)
+    for task in (1, 2, 3):
+        journal.append(learn(model, task))
+        fastlora.merge(model, residuals=residuals)
+        fastlora.remove(model)
+    base, rebuilt = Net(dtype=dtype), residuals_of(Net(dtype=dtype))
+    journal.rebuild(base, residuals=rebuilt)
+    assert same(state(base), state(model)) and same(rebuilt, residuals)
+    assert any(bool(residual.any()) for residual in residuals.values())
+
+
+def test_residuals_of_a_rebuild_that_fails_have_not_changed(journal):
+    rewrite_last = sorted(journal.directory.iterdir())[-1]
+    not_finite(rewrite_last)
+    residuals = {}
+    with pytest.raises(ValueError):
+        journal.rebuild(Net(), residuals=residuals)
+    assert residuals == {}
+
+
+def test_merge_options_that_no_header_holds_are_refused(tmp_path):
+    model, journal = learn(Net(), 1), fastlora.Journal(tmp_path / "journal")
+    with pytest.raises(TypeError, match=r"merge options \['check'\] were given; a journal keeps rounding and seed"):
+        journal.append(model, check=False)
     with pytest.raises(ValueError, match="'stochastic' without a seed, which no rebuild could repeat"):
         journal.append(model, rounding="stochastic")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -288,5 +289,11 @@ def test_extension_holds_code_for_every_promised_architecture():
     listed = run([cuobjdump(), "--list-elf", fastlora._C.__file__], ROOT).stdout
     for arch in info["cuda_archs"].replace(",", ";").split(";"):
         assert f"sm_{arch.removesuffix('-real')}." in listed
+    used = run([cuobjdump(), "-res-usage", fastlora._C.__file__], ROOT).stdout
+    kernels = re.findall(r"merge_kernel\S*\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used)
+    assert len(kernels) == 2 * len(info["cuda_archs"].replace(",", ";").split(";"))
+    for registers, stack, shared, local in kernels:
+        # two blocks of 256 threads an SM; stack and local memory would be spilled registers
+        assert int(registers) <= 128 and int(shared) <= 48 * 1024 and (stack, local) == ("0", "0")
     if "120" in info["cuda_archs"].replace(",", ";").split(";"):
         assert "sm_120" in run([cuobjdump(), "--list-ptx", fastlora._C.__file__], ROOT).stdout
