@@ -17,7 +17,7 @@ constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
 constexpr int ROWS = 4, COLS = 8;                                // of a thread
 constexpr int TILE_ROWS = ROWS * WARPS, TILE_COLS = COLS * WARP;  // of a block
 constexpr int RANK_STEP = 16;                                    // ranks looked at together
-constexpr int64_t TENSOR_CORE_RANK = 24;  // from more kept ranks on; at 24 both take as long as reading and writing
+constexpr int TENSOR_CORE_RANK = 24;  // from more kept ranks on; at 24 both take as long as reading and writing
 
 struct DeviceItem {
     Oriented item;
@@ -25,13 +25,20 @@ struct DeviceItem {
     int64_t col_tiles;
 };
 
-struct InputStats {  // of a tile's share: the first column of tiles looks at the row factor, the first row at the other
-    int64_t kept_rank, bad_row, bad_col, bad_gate, bad_residual;
-};
-
+// Narrow, since a model of 7 billion parameters has 800,000 tiles. Of the adapters each tile tells its share: the first
+// column of tiles looks at the row factor, the first row at the other.
 struct TileRecord {
-    TileStats stats;
-    InputStats inputs;
+    double delta_square, lost_square;
+    float largest, max_relative;
+    int32_t updated, unchanged, not_finite, kept_rank, bad_row, bad_col, bad_gate, bad_residual;
+
+    TileStats stats() const {
+        TileStats out;
+        out.delta_square = delta_square, out.lost_square = lost_square;
+        out.largest = largest, out.max_relative = max_relative;
+        out.updated = updated, out.unchanged = unchanged, out.not_finite = not_finite;
+        return out;
+    }
 };
 
 struct alignas(16) Four {
@@ -50,7 +57,7 @@ struct Shared {
         } factor;
         Four delta[TILE_ROWS][TILE_COLS / 4];  // what the tensor cores made, columns in the order of `slot`
         double doubles[THREADS];
-        int64_t integers[THREADS];
+        int32_t integers[THREADS];
         float floats[THREADS];
     };
     float gate[RANK_STEP], sg[RANK_STEP];
@@ -75,8 +82,8 @@ __device__ int owner_of(const DeviceItem* items, int count, int64_t tile) {
     return low;
 }
 
-__device__ int64_t kept_rank(const Oriented& item) {  // every thread counts: a broadcast read, and no barrier
-    int64_t kept = 0;
+__device__ int32_t kept_rank(const Oriented& item) {  // every thread counts: a broadcast read, and no barrier
+    int32_t kept = 0;
     for (int64_t rank = 0; rank < item.rank; ++rank) kept += item.gate[rank] != 0;
     return kept;
 }
@@ -315,8 +322,8 @@ __device__ T reduce(T value, T* shared, Combine combine) {  // a fixed tree: the
 }
 
 // Non-finite values of one factor in this tile's share of positions, dead ranks included.
-__device__ int64_t count_bad(const Factor& factor, int64_t rank, int64_t first, int length, int64_t end) {
-    int64_t bad = 0;
+__device__ int32_t count_bad(const Factor& factor, int64_t rank, int64_t first, int length, int64_t end) {
+    int32_t bad = 0;
     for (int64_t at = threadIdx.x; at < rank * length; at += THREADS) {
         const int64_t pos = first + at % length;
         bad += pos < end && !is_finite(factor_value(factor, at / length, pos, 1.0f));
@@ -333,7 +340,7 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const DeviceItem* ite
     const int64_t tile_row = (tile - owner.first_tile) / owner.col_tiles;
     const int64_t tile_col = (tile - owner.first_tile) % owner.col_tiles;
     const int64_t row0 = tile_row * TILE_ROWS, col0 = tile_col * TILE_COLS;
-    const int64_t kept = kept_rank(item);
+    const int32_t kept = kept_rank(item);
 
     Sums sums;
     if (kept > 0) {  // no kept rank: not even a NaN of the weight is looked at
@@ -351,25 +358,25 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const DeviceItem* ite
 
     const auto add = [](auto a, auto b) { return a + b; };
     const auto most = [](float a, float b) { return larger(a, b); };
-    TileRecord record;
-    record.stats.delta_square = reduce(sums.delta_square, shared.doubles, add);
-    record.stats.lost_square = reduce(double(sums.lost_square), shared.doubles, add);
-    record.stats.updated = reduce(int64_t(sums.updated), shared.integers, add);
-    record.stats.unchanged = reduce(int64_t(sums.unchanged), shared.integers, add);
-    record.stats.not_finite = reduce(int64_t(sums.not_finite), shared.integers, add);
-    record.stats.largest = reduce(sums.largest, shared.floats, most);
-    record.stats.max_relative = reduce(sums.worst_gone / sums.worst_sum, shared.floats, most);
-    record.inputs = {tile_row == 0 && tile_col == 0 ? kept : 0, 0, 0, 0, 0};
+    TileRecord record = {};
+    record.delta_square = reduce(sums.delta_square, shared.doubles, add);
+    record.lost_square = reduce(double(sums.lost_square), shared.doubles, add);
+    record.largest = reduce(sums.largest, shared.floats, most);
+    record.max_relative = reduce(sums.worst_gone / sums.worst_sum, shared.floats, most);
+    record.updated = reduce(sums.updated, shared.integers, add);
+    record.unchanged = reduce(sums.unchanged, shared.integers, add);
+    record.not_finite = reduce(sums.not_finite, shared.integers, add);
+    record.kept_rank = tile_row == 0 && tile_col == 0 ? kept : 0;
     if (!WRITE) {
         const Factor gate{item.gate, DType::float32, 1, 0, false};
         const bool first_row = tile_row == 0, first_col = tile_col == 0;
-        const int64_t in_row = first_col ? count_bad(item.row, item.rank, row0, TILE_ROWS, item.rows) : 0;
-        const int64_t in_col = first_row ? count_bad(item.col, item.rank, col0, TILE_COLS, item.cols) : 0;
-        const int64_t in_gate = first_row && first_col ? count_bad(gate, item.rank, 0, 1, 1) : 0;
-        record.inputs.bad_row = reduce(in_row, shared.integers, add);
-        record.inputs.bad_col = reduce(in_col, shared.integers, add);
-        record.inputs.bad_gate = reduce(in_gate, shared.integers, add);
-        record.inputs.bad_residual = reduce(int64_t(sums.bad_residual), shared.integers, add);
+        const int32_t in_row = first_col ? count_bad(item.row, item.rank, row0, TILE_ROWS, item.rows) : 0;
+        const int32_t in_col = first_row ? count_bad(item.col, item.rank, col0, TILE_COLS, item.cols) : 0;
+        const int32_t in_gate = first_row && first_col ? count_bad(gate, item.rank, 0, 1, 1) : 0;
+        record.bad_row = reduce(in_row, shared.integers, add);
+        record.bad_col = reduce(in_col, shared.integers, add);
+        record.bad_gate = reduce(in_gate, shared.integers, add);
+        record.bad_residual = reduce(sums.bad_residual, shared.integers, add);
     }
     if (threadIdx.x == 0) records[tile] = record;
 }
@@ -401,12 +408,12 @@ struct Table {
             const bool swapped = items[i].item.col.scaled;  // the scaled factor is lora_b, however the weight is stored
             ItemReport& report = out[i];
             for (int64_t tile = items[i].first_tile; tile < end; ++tile) {
-                const InputStats& inputs = records[tile].inputs;
-                report.add(records[tile].stats);
-                report.kept_rank += inputs.kept_rank;
-                report.bad_a += swapped ? inputs.bad_row : inputs.bad_col;
-                report.bad_b += swapped ? inputs.bad_col : inputs.bad_row;
-                report.bad_gate += inputs.bad_gate, report.bad_residual += inputs.bad_residual;
+                const TileRecord& record = records[tile];
+                report.add(record.stats());
+                report.kept_rank += record.kept_rank;
+                report.bad_a += swapped ? record.bad_row : record.bad_col;
+                report.bad_b += swapped ? record.bad_col : record.bad_row;
+                report.bad_gate += record.bad_gate, report.bad_residual += record.bad_residual;
             }
             // As on the CPU: what bad inputs lead to is not told beside them.
             if (checked && report.bad_inputs()) report.not_finite = 0, report.largest = 0;

@@ -40,6 +40,19 @@ def test_every_benchmark_runs_on_tiny_shapes():
     assert "passed" in done.stdout and "failed" not in done.stdout
 
 
+def test_the_figures_of_the_merge_run_on_tiny_shapes(tmp_path):
+    page = tmp_path / "merge.md"
+    page.write_text("text\n\n<!-- figures -->\n\nold")
+    command = ["bench/merge_figures.py", "--small", "--out", str(tmp_path / "merge.json"), "--docs", str(page)]
+    done = run(sys.executable, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "merge.json").read_text())
+    errors = found["repeated"]["fp16 3"]["2"]
+    assert errors["the exact sum, cast once"] == pytest.approx(errors["residual, int8"], rel=0.01) < errors["nearest"]
+    assert found["undone"]["fp16 3"]["residual, int8"] == 0 < found["undone"]["fp16 3"]["nearest"]
+    assert page.read_text().startswith("text\n\n<!-- figures -->\n\nRelative error") and "old" not in page.read_text()
+
+
 def gpu_suite(out, *options, **environment):
     done = run(
         sys.executable, "bench/gpu_suite.py", "--small", "--build", "never", "--out", str(out), *options, **environment

@@ -183,8 +183,11 @@ def _merge(state: dict[str, Any]) -> list[dict[str, Any]]:
     except Missing as missing:
         return [_row("G8", what, target, better, reason=str(missing)) for what, target, better in lines]
     call, unchecked = found["merge_"], found["merge_ check=False"]
-    note = f"check=False {unchecked['to addmm_ loop']['median']:.3f}; no graph: {found['graph_reason']}"
-    ratio = _row("G8", *lines[0], eager=call["to addmm_ loop"], by=f"merge_ ({found['backend']})", note=note)
+    at_random = found["merge_ stochastic"]["to check=False"]["median"]
+    note = f"check=False {unchecked['to addmm_ loop']['median']:.3f}; stochastic / nearest {at_random:.2f} (limit 1.10)"
+    graph = unchecked["to addmm_ loop, graph"]
+    by = f"merge_ ({found['backend']}); graph: check=False"
+    ratio = _row("G8", *lines[0], eager=call["to addmm_ loop"], graph=graph, by=by, note=note)
     share = unchecked["share_of_copy"]
     if share is None:
         reason = unchecked["profile"].get("reason") or "no ceiling was measured"

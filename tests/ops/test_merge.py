@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 from merge_calls import (
     HALF_OR_SINGLE,
     NATIVE,
-    assert_refused,
     bytes_of,
     error,
     make,
     merged,
     plain_pytorch,
-    three_modules,
 )
 
 from fastlora import reference
@@ -185,39 +183,3 @@ def test_parameters_with_gradients_and_inference_tensors_are_merged(backend):
         frozen = weight.clone()
         merge_([frozen], *([tensor] for tensor in adapter))
         assert torch.equal(frozen, expected)
-
-
-# ---- CUDA
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALF_OR_SINGLE)
-@pytest.mark.parametrize(("n", "k", "r"), [(1, 1, 1), (33, 17, 3), (768, 768, 16), (100, 300, 70)])
-def test_cuda_merges_the_same_bits_as_the_cpu(n, k, r, dtype):
-    weight, *adapter = make(n, k, r, dtype)
-    out, report = merged(weight, *adapter, scaling=0.3)
-    for layout in (weight.cuda(), weight.t().contiguous().cuda().t()):
-        on_device = layout.clone(memory_format=torch.preserve_format)
-        device_report = merge_([on_device], *([tensor.cuda()] for tensor in adapter), scaling=0.3)
-        assert device_report.backend == "cuda"
-        assert torch.equal(bytes_of(on_device.cpu()), bytes_of(out))
-        module = device_report.modules[0]
-        assert (module.kept_rank, module.unchanged) == (report.kept_rank, report.unchanged)
-        assert module.delta_norm == pytest.approx(report.delta_norm)
-        assert module.max_relative_error == report.max_relative_error
-
-
-@pytest.mark.gpu
-def test_cuda_checks_before_it_writes():
-    lists = [[tensor.cuda() for tensor in group] for group in three_modules()]
-    lists[2][1][3, 0] = float("nan")
-    assert_refused(lists, r"weights\[1\]: lora_b holds 1 non-finite", ("weights[1]",))
-    lists[2][1][3, 0] = 1e30
-    assert_refused(lists, r"weights\[1\]: \d+ of 33280 results are not finite in float16", ("weights[1]",))
-
-
-@pytest.mark.gpu
-def test_operands_on_two_devices_are_refused():
-    weight, lora_a, lora_b, gate = make()
-    with pytest.raises(ValueError, match="lora_a of .* is on cpu and its weight on cuda:0"):
-        merge_([weight.cuda()], [lora_a], [lora_b], [gate])
