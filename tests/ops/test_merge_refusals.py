@@ -267,6 +267,14 @@ def test_a_residual_that_is_not_finite_is_told(backend):
     assert all(torch.equal(bytes_of(residual), old) for residual, old in zip(residuals, before))
 
 
+def test_an_overflow_that_the_residual_makes_is_counted(backend):
+    lists = case(weight=torch.full((6, 8), 60000.0, dtype=torch.float16))
+    residual = torch.zeros(6, 8, dtype=torch.float16)
+    residual[2, 3] = 6000.0
+    with pytest.raises(MergeError, match=r"weights\[0\]: 1 of 48 results are not finite in float16"):
+        merge_(*lists, residuals=[residual])
+
+
 # ---- memory that a merge must not write to
 
 
