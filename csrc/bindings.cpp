@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "merge.h"
+#include "prox_adamw.h"
 
 namespace py = pybind11;
 using namespace fastlora;
@@ -99,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     m.def("simd_levels", &simd_levels);
     m.def("check_cpu", &check_cpu, py::arg("items"), py::arg("threads"), py::arg("simd") = "auto", free_gil);
+    bind_prox_adamw(m);
     m.def("merge_cpu", &merge_cpu, py::arg("items"), py::arg("threads"), py::arg("simd") = "auto", free_gil);
 
     // For the tests of merge_core.h: `count` elements from one address to another.

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora import adapt
 from fastlora.checks import check_kappa, check_operator
 from fastlora.ops.prox import soft_threshold_
+from fastlora.ops.prox_adamw import OneLaunch
 
 
 class ProxAdamW(torch.optim.AdamW):
-    """AdamW on adapters, then the proximal step gate <- soft_threshold(gate, kappa).
+    """AdamW on adapters, then the proximal step gate <- soft_threshold(gate, kappa), in one launch where that is possible.
+
+    One launch: float32 parameters on one CUDA, ROCm or CPU device, dense gradients, no amsgrad or maximize; `why_not` says
+    what it takes. Everything else is torch's own AdamW step followed by `soft_threshold_`. State, state_dict and parameter
+    groups are those of torch.optim.AdamW, either way.
 
     Args:
         model_or_groups: a module with adapters (see `fastlora.inject`), or parameter groups as for torch.optim; the
@@ -28,6 +34,12 @@ class ProxAdamW(torch.optim.AdamW):
             It is saved in the state_dict.
     Raises:
         ValueError: nothing to train, unknown operator, no gates among the groups.
+    Numerics:
+        float32, in torch's order of operations; on a CPU exp_avg and exp_avg_sq have torch's bits. Bias corrections in
+        float64. Deterministic.
+    CUDA graphs:
+        Take a step outside of the capture first. Replays read kappa as it was set last, and the lr of the groups as
+        `write_scalars` wrote it last (or an lr tensor on the device as it is); neither needs a new capture.
     """
 
     def __init__(
@@ -42,7 +54,7 @@ class ProxAdamW(torch.optim.AdamW):
         groups = _groups_of(model_or_groups) if isinstance(model_or_groups, nn.Module) else _checked(model_or_groups)
         super().__init__(groups, lr=lr, betas=betas, weight_decay=weight_decay)
         self.operator = operator
-        self.kappa = 0.0
+        self._one_launch = OneLaunch(operator)
 
     @property
     def kappa(self) -> float:
@@ -53,17 +65,65 @@ class ProxAdamW(torch.optim.AdamW):
         check_kappa(value)
         for group in self._prox_groups():
             group["kappa"] = float(value)
+        self._one_launch.write_scalars(self.param_groups)
+
+    @property
+    def why_not(self) -> str:
+        """Why the last step was torch's own and not one launch; empty where it was one launch."""
+        return self._one_launch.why_not
 
     def _prox_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group.get("prox")]
+        return [group for group in self.param_groups if group["prox"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("prox", False)
+        if group["prox"]:
+            group.setdefault("kappa", self.kappa if len(self._prox_groups()) > 1 else 0.0)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One AdamW step, then one proximal step on the gates."""
-        loss = super().step(closure)
-        for group in self._prox_groups():
-            soft_threshold_(group["params"], group["kappa"], operator=self.operator)
+        """One AdamW step, then one proximal step on the gates. Waits for no device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._one_launch.step(self.param_groups, self.state):
+            _TORCH_STEP(self)
+            for group in self._prox_groups():
+                soft_threshold_(group["params"], group["kappa"], operator=self.operator)
         return loss
+
+    def kept_counts(self) -> Tensor:
+        """Number of gates != 0 in each gate tensor after the last step, int64 [gate tensors], in the order of the groups.
+
+        The step counted them on the device of the gates; reading the values is what waits for it.
+        """
+        if self._one_launch.kept is not None:
+            return self._one_launch.kept.clone()
+        gates = [gate for group in self._prox_groups() for gate in group["params"]]
+        return torch.stack([torch.count_nonzero(gate.detach()) for gate in gates]) if gates else torch.zeros(0).long()
+
+    def write_scalars(self) -> None:
+        """lr and the other options of the groups to where a captured step reads them. Does not wait for the device."""
+        self._one_launch.write_scalars(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"operator": self.operator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        known = self.__dict__.get("param_groups", [])  # when a state_dict is loaded, not when unpickled
+        super().__setstate__(state)
+        for group, before in zip(self.param_groups, known):
+            # a state_dict of torch.optim.AdamW does not know which groups are gates
+            for key in {"prox", "kappa"} & before.keys():
+                group.setdefault(key, before[key])
+        self._one_launch = OneLaunch(self.operator)
+
+
+# Without the wrapper that torch puts around step when an AdamW is made: hooks would run twice, ours and its own.
+_TORCH_STEP = inspect.unwrap(torch.optim.AdamW.step)
 
 
 def _groups_of(model: nn.Module) -> list[dict[str, Any]]:

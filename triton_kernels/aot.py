@@ -27,6 +27,7 @@ from fastlora.triton_kernels import common
 from fastlora.triton_kernels.aot_cases import CompileCase
 from fastlora.triton_kernels.aot_read import read_resources
 from fastlora.triton_kernels.aot_report import MARKERS, Record, table, write_csv, write_docs
+from fastlora.triton_kernels.prox_adamw import compile_cases as prox_adamw_cases
 from fastlora.triton_kernels.rank_lora_fwd import compile_cases as fwd_cases
 from fastlora.triton_kernels.rank_lora_grad import compile_cases as grad_cases
 from fastlora.triton_kernels.rank_lora_tma import compile_cases as tma_cases
@@ -53,7 +54,7 @@ TARGETS = {
 
 def cases(target: str) -> Iterator[CompileCase]:
     """Every compile of a target."""
-    for family_cases in (project_cases, fwd_cases, tma_cases, grad_cases):
+    for family_cases in (project_cases, fwd_cases, tma_cases, grad_cases, prox_adamw_cases):
         for compute in common.COMPUTE_TYPES:
             if compute == "tf32" and not target.startswith("sm_"):
                 continue  # dot_precision never asks for it there
@@ -65,7 +66,7 @@ def limits_broken(record: Record) -> list[str]:
     if record.error:
         return [f"does not compile: {record.error}"]
     target, broken = TARGETS[record.target], []
-    has_dot = not record.label.startswith(("grad finish", "grad gate"))
+    has_dot = not record.label.startswith(("grad finish", "grad gate", "prox adamw"))
     if has_dot and record.dtype != "fp32" and record.mmas == 0:
         broken.append("no tensor-core instruction")
     if record.label.startswith("tma") and record.bulk_copies == 0:
@@ -89,7 +90,9 @@ def measure(target: str, case: CompileCase) -> Record:
     """Compile one case and read its resources."""
     tile = case.tile
     blocks = [
-        case.constexprs[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_B", "BLOCK_K") if n in case.constexprs
+        case.constexprs[name]
+        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_B", "BLOCK_K", "BLOCK")
+        if name in case.constexprs
     ]
     known = dict(
         target=target, label=case.label, dtype=case.compute, rank=case.rank, tile="x".join(map(str, blocks)),
