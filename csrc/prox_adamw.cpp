@@ -73,20 +73,19 @@ void adamw_scalar(const AdamTensor& t, int64_t first, int64_t count, const Facto
 [[gnu::target("avx2,fma")]] void adamw_avx2(const AdamTensor& t, int64_t first, int64_t count, const Factors& f) {
     adamw_any(t, first, count, f);
 }
-[[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")]] void adamw_avx512(
-    const AdamTensor& t, int64_t first, int64_t count, const Factors& f) {
-    adamw_any(t, first, count, f);
-}
 #endif
 
+// AVX-512 gains nothing here: the loop waits for memory.
 Range range_named(const std::string& name) {
-    const std::vector<std::string> levels = simd_levels();
-    const std::string chosen = name == "auto" ? levels.back() : name;
-    CHECK_ARG(std::find(levels.begin(), levels.end(), chosen) != levels.end(),
-              "simd \"" << name << "\" is not among what this processor runs; see simd_levels()");
+    CHECK_ARG(name == "auto" || name == "scalar" || name == "avx2",
+              "simd \"" << name << "\" is unknown; it must be auto, scalar or avx2");
 #ifdef FASTLORA_X86_64
-    if (chosen == "avx512") return adamw_avx512;
-    if (chosen == "avx2") return adamw_avx2;
+    const std::vector<std::string> levels = simd_levels();
+    const bool runs_avx2 = std::find(levels.begin(), levels.end(), "avx2") != levels.end();
+    CHECK_ARG(runs_avx2 || name != "avx2", "this processor has no AVX2; pass simd=\"auto\"");
+    if (runs_avx2 && name != "scalar") return adamw_avx2;
+#else
+    CHECK_ARG(name != "avx2", "this processor has no AVX2; pass simd=\"auto\"");
 #endif
     return adamw_scalar;
 }

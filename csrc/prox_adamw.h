@@ -29,7 +29,7 @@ struct AdamGroup {
 };
 
 // param, exp_avg, exp_avg_sq, step in place; then gate <- soft threshold, and kept[gate] = number of gates != 0.
-// simd: "auto" or one of simd_levels(); every level gives the same bits, and so does every number of threads.
+// simd: "auto", "scalar" or "avx2"; every one gives the same bits, and so does every number of threads.
 void prox_adamw_cpu(const AdamTensor* tensors, int64_t count, const AdamGroup* groups, bool released, int64_t* kept,
                     int threads, const std::string& simd);
 

@@ -87,6 +87,7 @@ class CoDyRAConfig(LoRAConfig):
         dense: share of the task before the ramp starts, without any threshold.
         prox: exact (the paper's equation) or released (the published code: everything below 2 kappa dies).
         gate_init: normal (N(0, 1), as published) or ones.
+        drop_dead: remove ranks during the task once their gates cannot leave 0 again; the result is the same, sooner.
     """
 
     name: ClassVar[str] = "codyra"
@@ -95,6 +96,7 @@ class CoDyRAConfig(LoRAConfig):
     dense: float = 0.5
     prox: str = "exact"
     gate_init: str = "normal"
+    drop_dead: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +105,8 @@ class CoDyRAConfig(LoRAConfig):
         _check_number("dense", self.dense, "in [0, 1]", lambda v: 0.0 <= v <= 1.0, "Give a share, 0.5 in the paper.")
         check_one_of("prox", self.prox, ("exact", "released"))
         check_one_of("gate_init", self.gate_init, ("normal", "ones"))
+        if not isinstance(self.drop_dead, bool):
+            raise ValueError(f"drop_dead is {self.drop_dead!r}; it must be true or false.")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.continual.annealing import cosine
 from fastlora.continual.batches import batches, generator_for
 from fastlora.continual.config import CoDyRAConfig, MethodConfig, RunConfig
 from fastlora.continual.evaluation import Evaluation, evaluate
@@ -183,11 +184,6 @@ class Trainer:
     def _finish(self, status: str, error: BaseException | None = None) -> None:
         if self._run:
             self._run.update(status=status, **({"error": f"{type(error).__name__}: {error}"} if error else {}))
-
-
-def cosine(lr: float, iteration: int, iterations: int) -> float:
-    """lr at iteration 0, falling to 0 after the last one; no warm-up."""
-    return lr * 0.5 * (1.0 + math.cos(math.pi * iteration / iterations))
 
 
 def _device(name: str) -> torch.device:

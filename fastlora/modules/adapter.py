@@ -145,8 +145,14 @@ class RankAdapter(nn.Module):
         check_finite_gate(self.gate)
         keep = self.gate.abs() > self._kappa_value
         if not bool(keep.all()):
-            self._set(self.lora_a[keep], self.lora_b[:, keep].contiguous(), self.gate[keep])
+            self.keep_ranks_(keep.nonzero().flatten())
         return self.gate.numel()
+
+    @torch.no_grad()
+    def keep_ranks_(self, ranks: Tensor) -> None:
+        """Keep these ranks alone, [kept] int64 on the adapter's device, and drop the others, whatever they contribute."""
+        lora_a, lora_b = self.lora_a.index_select(0, ranks), self.lora_b.index_select(1, ranks)
+        self._set(lora_a, lora_b, self.gate.index_select(0, ranks))
 
     def merge_(self, *, generator: torch.Generator | None = None, **merge_kwargs: Any) -> MergeReport:
         """weight += delta_weight() in place, rounded once; then a fresh adapter of the original rank.

@@ -32,6 +32,8 @@ STATE = (*MOMENTS, "step")
 # int64 columns of the table; csrc/prox_adamw.h has them as a struct
 COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "step", "numel", "group", "gate")
 GRAD = COLUMNS.index("grad")
+# instruction set of the extension's loop: auto, scalar or avx2, all with the same bits
+SIMD = "auto"
 # the address of an empty gradient, since 0 says that there is none
 EMPTY = 1
 
@@ -96,7 +98,8 @@ class OneLaunch:
         Returns:
             False where torch has to do the step (see `why_not`); nothing is changed then.
         Raises:
-            RuntimeError: a CUDA graph is being captured and cannot hold this step; the message says what to do first.
+            RuntimeError: a parameter was resized without its state, or a CUDA graph is being captured and cannot hold this
+                step; the message says what to do.
         """
         params = [p for group in groups for p in group["params"]]
         grads = [p.grad for p in params]
@@ -201,8 +204,13 @@ def _complete(state: State, params: Sequence[Tensor], grads: Sequence[Tensor | N
             entry.update({name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name in MOMENTS})
         for name in MOMENTS if entry else ():
             moment = entry[name]
-            if (moment.shape, moment.dtype, moment.device) != (p.shape, p.dtype, p.device):
-                return f"{name} is {moment.dtype} {list(moment.shape)} on {moment.device}, unlike its parameter"
+            if moment.shape != p.shape:
+                raise RuntimeError(
+                    f"a parameter has shape {list(p.shape)} and its {name} {list(moment.shape)}; they must be equal. Remove "
+                    "ranks with ProxAdamW.drop_dead_ranks_, which keeps both together, or make a new optimizer."
+                )
+            if (moment.dtype, moment.device) != (p.dtype, p.device):
+                return f"{name} is {moment.dtype} on {moment.device}, unlike its parameter"
             entry[name] = moment.contiguous()
     return ""
 
@@ -275,7 +283,7 @@ class CppRunner:
         options = torch.tensor(scalars(groups), dtype=torch.float64)
         module.prox_adamw_cpu(
             self._table.data_ptr(), len(self._table), options.data_ptr(), self._released, self.kept.data_ptr(),
-            threads=torch.get_num_threads(),
+            threads=torch.get_num_threads(), simd=SIMD,
         )  # fmt: skip
 
     def write_scalars(self, groups: Groups) -> None:

@@ -20,6 +20,7 @@ def test_published_defaults():
         "dense": 0.5,
         "prox": "exact",
         "gate_init": "normal",
+        "drop_dead": True,
     }
 
 
@@ -56,6 +57,7 @@ def test_as_dict_round_trip(name):
         ({"dense": 1.5}, r"dense is 1.5; it must be a finite number in \[0, 1\]"),
         ({"prox": "exakt"}, "prox is 'exakt'; accepted: exact, released. Did you mean 'exact'"),
         ({"gate_init": "zeros"}, "gate_init is 'zeros'; accepted: normal, ones"),
+        ({"drop_dead": "no"}, "drop_dead is 'no'; it must be true or false"),
         ({"where": "visual"}, "where is 'visual'; accepted: all, vision, text"),
         ({"targets": []}, "targets is .*; it must name at least one"),
         ({"targets": ["q", "q"]}, "each at most once"),
