@@ -73,7 +73,8 @@ class TritonRunner:
                 "captured; call optimizer.write_scalars() before the capture."
             )
         # memory of its own for each copy, since the device may still be reading that of the last
-        self._scalars.copy_(_pinned(torch.tensor(values, dtype=torch.float64), self._device), non_blocking=True)
+        values_here = torch.tensor(values, dtype=torch.float64)
+        self._scalars.copy_(_pinned(values_here, self._device), non_blocking=True)
         self._written = values
 
     def _write_table(self, grads: list[int], capturing: bool) -> None:
@@ -119,18 +120,26 @@ def _chunks(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
         # an empty tensor has a program, too: its steps are counted as torch counts them
         listed += [(number, start, min(start + step, size)) for start in range(0, max(size, 1), step)]
     chunks = torch.tensor(listed, dtype=torch.int64).view(-1, 3)
-    return chunks.to(device), _own_steps(rows, chunks, first_chunk, device)
-
-
-def _own_steps(rows: Sequence[Row], chunks: Tensor, first_chunk: dict[int, int], device: torch.device) -> Tensor:
-    """The count of every program, from the state; afterwards the state shows the counts of the first ones."""
-    taken = [_as_scalar(row.entry["step"], device) if row.entry else torch.zeros((), device=device) for row in rows]
-    steps = torch.stack(taken).index_select(0, chunks[:, 0].to(device))
+    taken = _taken(rows, device)
+    steps = taken.index_select(0, _upload(chunks[:, 0].contiguous(), device))
     for number, row in enumerate(rows):
         if row.entry:
             row.entry["step"] = steps[first_chunk[number]] if number in first_chunk else taken[number]
-    return steps
+    return _upload(chunks, device), steps
 
 
-def _as_scalar(step: Tensor | float, device: torch.device) -> Tensor:
-    return torch.as_tensor(step, dtype=torch.float32, device=device).reshape(())
+def _taken(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """Steps that each row has taken, float32 [rows] on the device, from state that may be on either side."""
+    steps = [row.entry["step"] if row.entry else 0.0 for row in rows]
+    there = [number for number, step in enumerate(steps) if is_on_device(step)]
+    here = [0.0 if is_on_device(step) else float(step) for step in steps]
+    taken = _upload(torch.tensor(here, dtype=torch.float32), device)
+    if there:
+        # where the state is on the device, reading it here would wait
+        stacked = torch.stack([steps[number].to(device, torch.float32).reshape(()) for number in there])
+        taken.index_copy_(0, _upload(torch.tensor(there), device), stacked)
+    return taken
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return _pinned(tensor, device).to(device, non_blocking=True)
