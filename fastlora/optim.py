@@ -194,8 +194,13 @@ def largest_adam_step(step: int, betas: tuple[float, float] = (0.9, 0.9999)) -> 
     come often, or once: with betas (0.9, 0.9999) these attain up to 22.9 lr, where the bound says 10.
     """
     beta1, beta2 = betas
-    ratio = beta1 * beta1 / beta2 if beta2 else math.inf if beta1 else 0.0
-    terms = step if ratio == 1 else (1 - ratio**step) / (1 - ratio)
+    if beta1 == 0 or step == 1:
+        terms = 1.0
+    elif beta1 * beta1 >= beta2:  # old gradients weigh more in m than in v: no bound that is of use
+        return math.inf
+    else:
+        ratio = beta1 * beta1 / beta2
+        terms = (1 - ratio**step) / (1 - ratio)
     corrections = (1 - beta2**step) / (1 - beta1**step) ** 2
     return (1 - beta1) * math.sqrt(terms / (1 - beta2) * corrections)
 

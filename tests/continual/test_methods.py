@@ -53,3 +53,11 @@ def test_null_model_of_gates_that_start_at_one():
     assert build_method(CoDyRAConfig(gate_init="ones")).null_model()["survival"] == 1.0
     assert build_method(CoDyRAConfig(gate_init="ones", kappa_max=0.01)).null_model()["survival"] == 0.0
     assert build_method(LoRAConfig()).null_model() is None
+
+
+def test_when_dead_ranks_are_dropped():
+    """With the published settings from iteration 285 on, a few times; never where kappa does not pass Adam's steps."""
+    assert sorted(build_method(CoDyRAConfig()).drops) == [285, 328, 371, 414, 457]
+    assert not build_method(CoDyRAConfig(drop_dead=False)).drops
+    assert not build_method(CoDyRAConfig(kappa_max=0.0)).drops
+    assert not build_method(CoDyRAConfig(lr=10.0)).drops - set(range(480, 500))

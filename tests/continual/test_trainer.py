@@ -230,6 +230,30 @@ def test_released_operator_has_the_wider_dead_zone(make_clip, tokenizer, make_st
     assert ranks[1] < ranks[0] - 0.2
 
 
+@pytest.mark.parametrize("prox", ["exact", "released"])
+def test_dropping_dead_ranks_during_a_task_changes_the_work_alone(prox, make_clip, tokenizer, make_stream):
+    runs = {}
+    for drop in (True, False):
+        model = make_clip()
+        # a total shrink of 1.1: most gates die
+        config = CoDyRAConfig(rank=4, iterations=40, batch_size=6, lr=2e-3, kappa_max=0.1, prox=prox, drop_dead=drop)
+        trainer = Trainer(model, tokenizer, make_stream(), config, progress=False)
+        sizes, after_step = [], trainer.method.after_step
+
+        def watched(ctx, sizes=sizes, after_step=after_step):
+            after_step(ctx)
+            sizes.append(sum(p.numel() for p in fastlora.adapter_parameters(ctx.model)))
+
+        trainer.method.after_step = watched
+        runs[drop] = trainer.fit(), sizes, plain_state(model)
+    (small, small_sizes, dropped), (whole, whole_sizes, kept) = runs[True], runs[False]
+    assert len(set(whole_sizes)) == 1
+    assert small_sizes[0] == whole_sizes[0] and small_sizes[-1] < 0.8 * whole_sizes[-1]
+    assert [(row.module, row.active_rank) for row in small.ranks] == [(row.module, row.active_rank) for row in whole.ranks]
+    for name, value in kept.items():
+        torch.testing.assert_close(dropped[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_frozen_text_tower_is_encoded_once_per_task(make_clip, tokenizer, make_stream, monkeypatch):
     """Saves work, changes nothing: the twin encodes at every step."""
     from fastlora.continual import trainer as module
