@@ -68,7 +68,9 @@ template <bool SMALL_WEIGHT, bool DECAY>
 
 using Range = void (*)(const AdamTensor&, int64_t, int64_t, const Factors&);
 
-void adamw_scalar(const AdamTensor& t, int64_t first, int64_t count, const Factors& f) { adamw_any(t, first, count, f); }
+void adamw_scalar(const AdamTensor& t, int64_t first, int64_t count, const Factors& f) {
+    adamw_any(t, first, count, f);
+}
 #ifdef FASTLORA_X86_64
 [[gnu::target("avx2,fma")]] void adamw_avx2(const AdamTensor& t, int64_t first, int64_t count, const Factors& f) {
     adamw_any(t, first, count, f);
@@ -134,7 +136,8 @@ void prox_adamw_cpu(const AdamTensor* tensors, int64_t count, const AdamGroup* g
         if (!t.grad) continue;
         *t.step += 1;
         // pow is slow, and neighbours are nearly always at the same step of the same group
-        const bool known = i && tensors[i - 1].grad && tensors[i - 1].group == t.group && *tensors[i - 1].step == *t.step;
+        const AdamTensor& last = tensors[i ? i - 1 : 0];
+        const bool known = i && last.grad && last.group == t.group && *last.step == *t.step;
         factors[i] = known ? factors[i - 1] : factors_of(groups[t.group], double(*t.step));
     }
     const int64_t total = before[count], parts = total < SMALL ? 1 : std::max(threads, 1);

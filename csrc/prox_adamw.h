@@ -10,8 +10,8 @@ class module_;
 
 namespace fastlora {
 
-// One parameter tensor and its state, contiguous float32. A row of the table that fastlora/ops/prox_adamw.py builds; the
-// kernel of triton_kernels/prox_adamw.py reads the same rows.
+// One parameter tensor and its state, contiguous float32: a row of the table that fastlora/ops/prox_adamw.py builds.
+// The kernel of triton_kernels/prox_adamw.py reads the same rows.
 struct AdamTensor {
     float* param;       // [numel]
     const float* grad;  // [numel], or null: no AdamW step, which torch gives to a parameter without a gradient

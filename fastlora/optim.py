@@ -19,10 +19,10 @@ from fastlora.ops.prox_adamw import OneLaunch
 
 
 class ProxAdamW(torch.optim.AdamW):
-    """AdamW on adapters, then the proximal step gate <- soft_threshold(gate, kappa), in one launch where that is possible.
+    """AdamW on adapters, then the proximal step gate <- soft_threshold(gate, kappa), in one launch where it can be.
 
-    One launch: float32 parameters on one CUDA, ROCm or CPU device, dense gradients, no amsgrad or maximize; `why_not` says
-    what it takes. Everything else is torch's own AdamW step followed by `soft_threshold_`. State, state_dict and parameter
+    One launch: float32 parameters on one CUDA, ROCm or CPU device, dense gradients, no amsgrad or maximize. Anything
+    else (`why_not` says what) is torch's own AdamW step followed by `soft_threshold_`. State, state_dict and parameter
     groups are those of torch.optim.AdamW, either way.
 
     Args:
@@ -97,7 +97,7 @@ class ProxAdamW(torch.optim.AdamW):
         return loss
 
     def kept_counts(self) -> Tensor:
-        """Number of gates != 0 in each gate tensor after the last step, int64 [gate tensors], in the order of the groups.
+        """Number of gates != 0 in each gate tensor after the last step, int64 [gate tensors], in the groups' order.
 
         The step counted them on the device of the gates; reading the values is what waits for it.
         """
@@ -185,18 +185,21 @@ _ROUNDING = 1e-3
 
 
 def largest_adam_step(step: int, betas: tuple[float, float] = (0.9, 0.9999)) -> float:
-    """The most that Adam's step number `step` (from 1) can move a parameter, in units of lr, whatever the gradients were.
+    """The most that Adam's step number `step` (from 1) can move a parameter, in units of lr, for any gradients at all.
 
-        |m_t| / sqrt(v_t) <= sqrt(sum_i a_i^2 / b_i),   a_i = (1 - beta1) beta1^(t - i),   b_i = (1 - beta2) beta2^(t - i)
+        |m_t| / sqrt(v_t) <= sqrt(sum_i a_i^2 / b_i),  a_i = (1 - beta1) beta1^(t - i),  b_i = (1 - beta2) beta2^(t - i)
 
-    by the inequality of Cauchy and Schwarz, times both bias corrections. Gradients in proportion to a_i / b_i attain it. The
-    bounds of Kingma & Ba (arXiv 1412.6980, section 2.1), lr and lr (1 - beta1) / sqrt(1 - beta2), hold for gradients that
-    come often, or once: with betas (0.9, 0.9999) these attain up to 22.9 lr, where the bound says 10.
+    by the inequality of Cauchy and Schwarz, times both bias corrections. Gradients in proportion to a_i / b_i attain it.
+    Kingma & Ba (arXiv 1412.6980, section 2.1) say lr, or lr (1 - beta1) / sqrt(1 - beta2) where that is more. This holds
+    for gradients that come often, or once; those that grow reach 22.9 lr with betas (0.9, 0.9999), where it says 10.
+
+    Returns:
+        Infinity where beta2 <= beta1^2: m then remembers longer than v does.
     """
     beta1, beta2 = betas
     if beta1 == 0 or step == 1:
         terms = 1.0
-    elif beta1 * beta1 >= beta2:  # old gradients weigh more in m than in v: no bound that is of use
+    elif beta1 * beta1 >= beta2:
         return math.inf
     else:
         ratio = beta1 * beta1 / beta2

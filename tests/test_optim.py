@@ -273,7 +273,9 @@ def test_grad_scaler_clipping_and_scheduler():
 
 
 def test_closure_hooks_and_a_further_group():
-    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # wraps AdamW.step for hooks, which ours must not pass through twice
+    torch.optim.AdamW(
+        [nn.Parameter(torch.ones(1))]
+    )  # wraps AdamW.step for hooks, which ours must not pass through twice
     model, optimizer = make()
     called = []
     optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
@@ -299,7 +301,10 @@ def test_closure_hooks_and_a_further_group():
 
 
 def test_half_precision_parameters_are_left_to_torch_and_thresholded():
-    gate, weight = nn.Parameter(torch.randn(6, dtype=torch.bfloat16)), nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
+    gate, weight = (
+        nn.Parameter(torch.randn(6, dtype=torch.bfloat16)),
+        nn.Parameter(torch.randn(3, dtype=torch.bfloat16)),
+    )
     optimizer = ProxAdamW([{"params": [weight]}, {"params": [gate], "prox": True}], lr=1e-2)
     twins = [nn.Parameter(p.detach().clone()) for p in (weight, gate)]
     plain = torch.optim.AdamW(twins, lr=1e-2, betas=(0.9, 0.9999), weight_decay=0.0)

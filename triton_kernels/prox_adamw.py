@@ -1,14 +1,15 @@
 """AdamW and the proximal step on the gates, every tensor of an optimizer in one launch.
 
     m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
-    p <- (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)            (arXiv 1711.05101)
-    gate <- soft_threshold(gate, kappa);  kept = number of gates != 0                                  (arXiv 2412.01004)
+    p <- (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)          (arXiv 1711.05101)
+    gate <- soft_threshold(gate, kappa);  kept = number of gates != 0                                (arXiv 2412.01004)
 
-Memory-bound: p, m, v are read and written once, g read once, 28 bytes a parameter. Programs find their tensors by address,
-in a table; the options of the groups, and the steps taken, are read from device memory, so a CUDA graph may hold the launch.
+Memory-bound: p, m, v are read and written once, g read once, 28 bytes a parameter. Programs find their tensors by
+address, in a table; the options of the groups and the steps taken are read from device memory, so that a CUDA graph may
+hold the launch.
 
-Numerics: float32 as in torch, whose order of operations is kept. Bias corrections in float64: 1 - 0.9999 in float32 is off
-by 2e-4. Deterministic: no atomics.
+Numerics: float32 as in torch, whose order of operations is kept. Bias corrections in float64: 1 - 0.9999 in float32 is
+off by 2e-4. Deterministic: no atomics.
 """
 
 from __future__ import annotations

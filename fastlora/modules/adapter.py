@@ -150,7 +150,7 @@ class RankAdapter(nn.Module):
 
     @torch.no_grad()
     def keep_ranks_(self, ranks: Tensor) -> None:
-        """Keep these ranks alone, [kept] int64 on the adapter's device, and drop the others, whatever they contribute."""
+        """Keep these ranks, [kept] int64 on the adapter's device, and drop the others, whatever they contribute."""
         lora_a, lora_b = self.lora_a.index_select(0, ranks), self.lora_b.index_select(1, ranks)
         self._set(lora_a, lora_b, self.gate.index_select(0, ranks))
 

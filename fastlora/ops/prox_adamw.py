@@ -4,17 +4,19 @@
     triton  CUDA and ROCm: one kernel (ops/prox_adamw_triton.py)
     torch   whatever these two do not take (`OneLaunch.why_not`): the caller's business
 
-The table is kept from step to step and written anew only where an address changed: tensors stay where they are, and there
-is no flat buffer. Flat state or parameters gain 0 to 4 % in the loop (2.4 ms for the 432 tensors, 4.43 M parameters, of
-ViT-B/16 at rank 16; one core of an EPYC 9004). A flat gradient costs as much as the step itself: autograd then adds into
-it, 4.5 ms with the zeroing, instead of handing over what the backward wrote, 2.4 ms.
+The table is kept from step to step and written anew only where an address changed: tensors stay where they are, and
+there is no flat buffer. Flat state or parameters gain 0 to 4 % in the loop (2.4 ms for the 432 tensors, 4.43 M
+parameters, of ViT-B/16 at rank 16; one core of an EPYC 9004). A flat gradient costs nearly as much as it: autograd then
+adds into the buffer, 4.5 ms with the zeroing, instead of handing over what the backward wrote, 2.4 ms.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -40,7 +42,7 @@ EMPTY = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter. entry: its state, None before its first gradient. gate: its place among the gates, -1 for others."""
+    """One parameter. entry: its state, None before its first gradient. gate: its place among the gates, or -1."""
 
     param: Tensor
     entry: dict[str, Any] | None
@@ -73,7 +75,12 @@ class OneLaunch:
         self.operator, self.backend = operator, backend
         self._params: list[Tensor] = []
         self._strange = ""  # why parameters like these have no memory to point to
-        self._structure: Any = None  # what the table was built from
+        # what the table was built from
+        self._facts: Any = None
+        self._layout: list[tuple[int, bool]] = []
+        self._cells: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._turn = 0
         self._obstacle = "no step was taken"
         self._runner: Runner | None = None
 
@@ -98,33 +105,34 @@ class OneLaunch:
         Returns:
             False where torch has to do the step (see `why_not`); nothing is changed then.
         Raises:
-            RuntimeError: a parameter was resized without its state, or a CUDA graph is being captured and cannot hold this
-                step; the message says what to do.
+            RuntimeError: a parameter was resized without its state, or a CUDA graph is being captured and cannot hold
+                this step; the message says what to do.
         """
         params = [p for group in groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        obstacle = self._obstacle_of_step(groups, params, grads)
+        obstacle = self._obstacle_of_step(groups, params)
+        if not obstacle:
+            facts, grads, copies = _look(params)
+            obstacle = "a gradient is sparse or not float32" if copies is None else ""
         if obstacle:
-            self._obstacle, self._structure, self._runner = obstacle, None, None
+            self._obstacle, self._facts, self._runner = obstacle, None, None
             return False
-        # the copies live to the end of this function, and the device frees in the order of the stream
-        grads = [g if g is None or g.is_contiguous() else g.contiguous() for g in grads]
-        if self._structure_of(groups, params, grads, state) != self._structure:
-            self._build(groups, params, grads, state)
+        if not self._knows(groups, facts, state):
+            self._build(groups, params, state)
+            self._note(groups, facts, state)
         if self._runner is None:
             return False
-        self._runner.step([0 if g is None else g.data_ptr() or EMPTY for g in grads], groups)
         # autograd does not see a raw write: with this, a backward that saved a parameter raises
         torch.autograd.graph.increment_version(params)
+        self._runner.step(grads, groups)
         return True
 
     def write_scalars(self, groups: Groups) -> None:
-        """lr, betas, eps, weight_decay and kappa to where a captured step reads them, without waiting for the device."""
+        """lr, betas, eps, weight_decay and kappa to where a captured step reads them; does not wait for the device."""
         if self._runner is not None:
             self._runner.write_scalars(groups)
 
-    def _obstacle_of_step(self, groups: Groups, params: list[Tensor], grads: list[Tensor | None]) -> str:
-        """What may change without a change of address."""
+    def _obstacle_of_step(self, groups: Groups, params: list[Tensor]) -> str:
+        """What can be said without an address."""
         if torch.compiler.is_compiling():
             return "torch.compile traces the step"
         for group in groups:
@@ -133,34 +141,78 @@ class OneLaunch:
                 return f"a group asks for {asked[0]}"
             if any(isinstance(beta, Tensor) for beta in group["betas"]):
                 return "the betas of a group are tensors"
-        if len(params) != len(self._params) or any(a is not b for a, b in zip(params, self._params)):
-            self._params, self._strange, self._structure = params, _strange(params), None
-        plain = all([g is None or (g.dtype is torch.float32 and g.layout is torch.strided) for g in grads])
-        return self._strange or ("" if plain else "a gradient is sparse or not float32")
+        if not _same_objects(params, self._params):
+            self._params, self._strange, self._facts = params, _strange(params), None
+        return self._strange
 
-    def _structure_of(
-        self, groups: Groups, params: list[Tensor], grads: list[Tensor | None], state: State
-    ) -> tuple[Any, ...]:
-        """Everything that the table says, but for the addresses of gradients; quick to gather and to compare."""
-        return (
-            [(len(group["params"]), bool(group.get("prox"))) for group in groups],
-            [p.data_ptr() for p in params],
-            [p.numel() for p in params],
-            [p.is_contiguous() for p in params],
-            [g is None for g in grads],
-            [entry[name].data_ptr() for entry in state.values() for name in STATE if name in entry],
-        )
+    def _knows(self, groups: Groups, facts: Any, state: State) -> bool:
+        """Whether the table is right but for gradients.
 
-    def _build(self, groups: Groups, params: list[Tensor], grads: list[Tensor | None], state: State) -> None:
-        kind, self._obstacle = choose(self.backend, params, grads)
+        State is compared by object: to read the addresses of three cold tensors a parameter would take a quarter of the
+        time of the step itself. One address is read, another at each step: what moves state by its .data moves it all.
+        """
+        if facts != self._facts or _layout(groups) != self._layout:
+            return False
+        cells = _cells(state)
+        if not _same_objects(cells, self._cells):
+            return False
+        self._turn = (self._turn + 1) % max(len(cells), 1)
+        return not cells or cells[self._turn].data_ptr() == self._addresses[self._turn]
+
+    def _note(self, groups: Groups, facts: Any, state: State) -> None:
+        self._facts, self._layout, self._cells = facts, _layout(groups), _cells(state)
+        self._addresses = [cell.data_ptr() for cell in self._cells]
+
+    def _build(self, groups: Groups, params: list[Tensor], state: State) -> None:
+        kind, self._obstacle = choose(self.backend, params)
         if kind is not None:
             kind.check_can_build(params[0].device)
-            self._obstacle = _complete(state, params, grads)
+            self._obstacle = _complete(state, params)
         if self._obstacle:
             self._runner = None
         else:
-            self._runner = kind(_rows(groups, grads, state), len(groups), self.operator == "released")
-        self._structure = self._structure_of(groups, params, grads, state)
+            self._runner = kind(_rows(groups, state), len(groups), self.operator == "released")
+
+
+def _look(params: Sequence[Tensor]) -> tuple[list[Any], list[int], list[Tensor] | None]:
+    """What the table depends on, and the addresses of the gradients.
+
+    In one pass: all this is cold after a backward, and a fifth of the time of a step on a CPU.
+
+    Returns:
+        For each parameter (address, elements, contiguous, without gradient); for each the address of its gradient, 0
+        for none; copies of gradients that were not contiguous, to hold until the launch, or None where a gradient has
+        no address that serves.
+    """
+    facts: list[Any] = []
+    grads: list[int] = []
+    copies: list[Tensor] = []
+    float32, strided = torch.float32, torch.strided
+    for p in params:
+        g = p.grad
+        facts.append((p.data_ptr(), p.numel(), p.is_contiguous(), g is None))
+        if g is None:
+            grads.append(0)
+            continue
+        if g.dtype is not float32 or g.layout is not strided:
+            return facts, grads, None
+        if not g.is_contiguous():
+            g = g.contiguous()
+            copies.append(g)
+        grads.append(g.data_ptr() or EMPTY)
+    return facts, grads, copies
+
+
+def _layout(groups: Groups) -> list[tuple[int, bool]]:
+    return [(len(group["params"]), bool(group.get("prox"))) for group in groups]
+
+
+def _cells(state: State) -> list[Tensor]:
+    return list(chain.from_iterable([entry.values() for entry in state.values()]))
+
+
+def _same_objects(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def _strange(params: Sequence[Tensor]) -> str:
@@ -171,16 +223,16 @@ def _strange(params: Sequence[Tensor]) -> str:
     return ""
 
 
-def choose(backend: str, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Any, str]:
+def choose(backend: str, params: Sequence[Tensor]) -> tuple[Any, str]:
     """The Runner class for these tensors and "", or None and the reason."""
     devices = {p.device for p in params}
     if len(devices) != 1:
         return None, f"the parameters are on {len(devices)} devices"
-    for p, g in zip(params, grads):
+    for p in params:
         if p.dtype != torch.float32 or not p.is_contiguous():
             return None, f"a parameter is {p.dtype} with strides {list(p.stride())}, not contiguous float32"
-        if g is not None and g.shape != p.shape:
-            return None, f"a gradient has shape {list(g.shape)}, its parameter {list(p.shape)}"
+        if p.grad is not None and p.grad.shape != p.shape:
+            return None, f"a gradient has shape {list(p.grad.shape)}, its parameter {list(p.shape)}"
     device = devices.pop().type
     if device == "cuda" or backend == "triton":
         if not TRITON_INSTALLED:
@@ -193,21 +245,21 @@ def choose(backend: str, params: Sequence[Tensor], grads: Sequence[Tensor | None
     return (CppRunner, "") if extension() else (None, "the extension was not built; build_info() says why")
 
 
-def _complete(state: State, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> str:
+def _complete(state: State, params: Sequence[Tensor]) -> str:
     """Make the state that is missing; returns why the state cannot be stepped by address, or ""."""
-    for p, g in zip(params, grads):
-        if g is None and p not in state:
+    for p in params:
+        if p.grad is None and p not in state:
             continue
         entry = state[p]
-        if not entry and g is not None:
+        if not entry and p.grad is not None:
             entry["step"] = torch.tensor(0.0, dtype=torch.float32)
             entry.update({name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name in MOMENTS})
         for name in MOMENTS if entry else ():
             moment = entry[name]
             if moment.shape != p.shape:
                 raise RuntimeError(
-                    f"a parameter has shape {list(p.shape)} and its {name} {list(moment.shape)}; they must be equal. Remove "
-                    "ranks with ProxAdamW.drop_dead_ranks_, which keeps both together, or make a new optimizer."
+                    f"a parameter has shape {list(p.shape)} and its {name} {list(moment.shape)}; they must be equal. "
+                    "Remove ranks with ProxAdamW.drop_dead_ranks_, which keeps both together, or make a new optimizer."
                 )
             if (moment.dtype, moment.device) != (p.dtype, p.device):
                 return f"{name} is {moment.dtype} on {moment.device}, unlike its parameter"
@@ -215,13 +267,13 @@ def _complete(state: State, params: Sequence[Tensor], grads: Sequence[Tensor | N
     return ""
 
 
-def _rows(groups: Groups, grads: Sequence[Tensor | None], state: State) -> list[Row]:
+def _rows(groups: Groups, state: State) -> list[Row]:
     rows: list[Row] = []
     gates = 0
     for number, group in enumerate(groups):
         for p in group["params"]:
             is_gate = bool(group.get("prox"))
-            rows.append(Row(p, state.get(p) or None, number, gates if is_gate else -1, grads[len(rows)] is not None))
+            rows.append(Row(p, state.get(p) or None, number, gates if is_gate else -1, p.grad is not None))
             gates += is_gate
     return rows
 

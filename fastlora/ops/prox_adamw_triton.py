@@ -15,6 +15,9 @@ from fastlora.ops import prox_adamw
 from fastlora.ops.prox_adamw import GRAD, Groups, Row, is_on_device
 from fastlora.triton_kernels import prox_adamw as kernel
 
+# a capture may not ask for pinned memory, and each of its steps may find its gradients elsewhere
+SPARES = 16
+
 
 class TritonRunner:
     """One launch of `triton_kernels/prox_adamw.py` over the rows.
@@ -32,7 +35,7 @@ class TritonRunner:
         self._table = torch.empty(0, dtype=torch.int64, device=self._device)
         self._scalars = torch.empty(groups, kernel.SCALARS, dtype=torch.float64, device=self._device)
         self._written: list[tuple[float, ...]] = []  # what is in _scalars
-        self._spare: Tensor | None = None  # pinned, for a table that is written during a capture
+        self._spares: list[Tensor] = []  # pinned, for tables that are written during a capture
         self._captured: list[Tensor] = []  # what graphs read
         self.kept = torch.zeros(prox_adamw.gate_count(rows), dtype=torch.int64, device=self._device)
 
@@ -41,14 +44,14 @@ class TritonRunner:
         """Raises RuntimeError during a capture: tables of new tensors cannot be made within a graph."""
         if _is_capturing(device):
             raise RuntimeError(
-                "the optimizer has no table of these tensors, and a CUDA graph is being captured; take a step outside of "
-                "the capture first, after every change of the parameters, their state or which of them have a gradient."
+                "the optimizer has no table of these tensors, and a CUDA graph is being captured; take a step outside "
+                "of the capture first, after every change of the parameters, their state or which of them have a gradient."
             )
 
     def step(self, grads: list[int], groups: Groups) -> None:
         capturing = _is_capturing(self._device)
-        if self._spare is None and not capturing:
-            self._spare = _pinned(torch.empty_like(self._rows), self._device)
+        while len(self._spares) < SPARES and not capturing:
+            self._spares.append(_pinned(torch.empty_like(self._rows), self._device))
         self.write_scalars(groups)
         if grads != self._grads:
             self._write_table(grads, capturing)
@@ -81,13 +84,13 @@ class TritonRunner:
         """A new table on the device, since a launch or a graph may read the old one."""
         self._rows[:, GRAD] = torch.tensor(grads, dtype=torch.int64)
         if capturing:
-            rows, self._spare = self._spare, None  # a capture may not ask for pinned memory
-            if rows is None:
+            if not self._spares:
                 raise RuntimeError(
-                    "the gradients moved between two captures of the optimizer's step; take a step outside of the "
-                    "capture before each."
+                    f"the gradients moved in each of {SPARES} captured steps of the optimizer; take a step outside of "
+                    "a capture before the next one."
                 )
-            self._captured.append(rows.copy_(self._rows))
+            rows = self._spares.pop().copy_(self._rows)
+            self._captured.append(rows)
         else:
             rows = _pinned(self._rows.clone(), self._device)
         self._table = torch.empty_like(self._rows, device=self._device)

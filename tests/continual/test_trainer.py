@@ -249,7 +249,9 @@ def test_dropping_dead_ranks_during_a_task_changes_the_work_alone(prox, make_cli
     (small, small_sizes, dropped), (whole, whole_sizes, kept) = runs[True], runs[False]
     assert len(set(whole_sizes)) == 1
     assert small_sizes[0] == whole_sizes[0] and small_sizes[-1] < 0.8 * whole_sizes[-1]
-    assert [(row.module, row.active_rank) for row in small.ranks] == [(row.module, row.active_rank) for row in whole.ranks]
+    assert [(row.module, row.active_rank) for row in small.ranks] == [
+        (row.module, row.active_rank) for row in whole.ranks
+    ]
     for name, value in kept.items():
         torch.testing.assert_close(dropped[name], value, rtol=1e-4, atol=1e-5)
 

@@ -289,7 +289,10 @@ def test_a_resized_parameter_is_told():
         (lambda t: t.groups[0].update(betas=(torch.tensor(0.9), torch.tensor(0.99))), "betas of a group are tensors"),
         (lambda t: setattr(t.ours[2], "data", t.ours[2].data.double()), "torch.float64"),
         (lambda t: setattr(t.ours[5], "data", torch.randn(9, 5).t()), "not contiguous"),
-        (lambda t: t.groups[0]["params"].append(torch.nn.Parameter(torch.ones(2, device="meta"))), "no ordinary tensor"),
+        (
+            lambda t: t.groups[0]["params"].append(torch.nn.Parameter(torch.ones(2, device="meta"))),
+            "no ordinary tensor",
+        ),
         (lambda t: setattr(t.ours[4], "grad", torch.ones(1025).to_sparse()), "sparse"),
     ],
     ids=["amsgrad", "maximize", "betas", "double", "transposed", "meta", "sparse"],
@@ -339,5 +342,20 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(operato
 
 @pytest.mark.skipif(extension() is None, reason="the extension was not built")
 def test_an_unknown_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="simd \"sse9\" is unknown"):
+    with pytest.raises(ValueError, match='simd "sse9" is unknown'):
         extension().prox_adamw_cpu(0, 0, 0, False, 0, threads=1, simd="sse9")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_that_moves_under_its_objects_is_found(backend):
+    """As `t.data = t.data.cpu()` and back does to all of it."""
+    twin = Twin(backend)
+    twin.step(twin.grads())
+    held = [entry[name].data for entry in twin.state.values() for name in prox_adamw.MOMENTS]
+    for entry in twin.state.values():
+        for name in prox_adamw.MOMENTS:
+            entry[name].data = entry[name].data.clone()
+    for _ in range(2):
+        twin.step(twin.grads())
+    del held
+    assert_close(twin)

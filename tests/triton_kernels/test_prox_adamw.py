@@ -133,12 +133,14 @@ def test_what_a_capture_cannot_hold_is_refused(capture):
     launch.write_scalars(groups)
     capture.active = True
     launch.step(groups, state)
-    with pytest.raises(RuntimeError, match="moved between two captures.* take a step outside of the capture before each"):
-        for held in [], []:
+    held = []
+    with pytest.raises(RuntimeError, match="moved in each of 16 captured steps.* take a step outside of a capture"):
+        for _ in range(17):
             held += [p.grad for p in params]
             for p in params:
                 p.grad = torch.randn_like(p)
             launch.step(groups, state)
+    assert len(held) == 2 * 17
 
 
 def test_scalars_are_written_only_when_they_change(capture, monkeypatch):

@@ -18,8 +18,8 @@ class CoDyRA(AdapterMethod):
     """delta W = sum_i w_i B[:, i] A[i, :];  w <- T_kappa(w - AdamW step), with kappa(t) from KappaSchedule.
 
     Per task: A Kaiming-uniform, B 0, w ~ N(0, 1); the first half dense, then kappa rises to kappa_max; at the end the
-    components with w = 0 are dropped, the rest merged, and the next task starts from a fresh adapter. From the iteration on
-    where a gate at 0 stays there, dead components are dropped during the task, too.
+    components with w = 0 are dropped, the rest merged, and the next task starts from a fresh adapter. From the iteration
+    on where a gate at 0 stays there, dead components are dropped during the task, too.
     """
 
     config_class = CoDyRAConfig
