@@ -26,16 +26,17 @@ def exact_sqrt(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: torch.sqrt(t.double()).to(t.dtype))
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"betas": (0.3, 0.99)}], ids=str)
 @pytest.mark.parametrize("operator", ["exact", "released"])
-def test_a_step_is_adamw_then_the_reference_prox_bit_for_bit(exact_sqrt, operator, weight_decay):
+def test_a_step_is_adamw_then_the_reference_prox_bit_for_bit(exact_sqrt, operator, options):
     if extension() is None:
         pytest.skip("the extension was not built, so that the step is torch's")
     ours, twin = layer(), layer()
-    optimizer = ProxAdamW(ours, lr=1e-2, operator=operator, weight_decay=weight_decay)
+    optimizer = ProxAdamW(ours, lr=1e-2, operator=operator, **options)
     parameters = [twin.lora_a, twin.lora_b, twin.gate]
     # foreach=False: the operations of foreach, with a sqrt that the fixture can replace
-    plain = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.9999), weight_decay=weight_decay, foreach=False)
+    options = {"betas": (0.9, 0.9999), "weight_decay": 0.0} | options
+    plain = torch.optim.AdamW(parameters, lr=1e-2, foreach=False, **options)
     for step in range(60):
         x = torch.randn(4, 8)
         optimizer.kappa = 0.0 if step < 20 else 0.03
@@ -458,6 +459,7 @@ def test_no_gradients_move_a_parameter_further_than_the_bound_and_some_attain_it
             *_, last = adam_steps(gradients.double(), betas)
             assert abs(last) <= bound * (1 + 1e-12)
     assert largest_adam_step(1, betas) == pytest.approx(1.0)
+    assert math.isinf(largest_adam_step(9, betas)) == (0 < betas[0] ** 2 >= betas[1])
     assert math.isinf(bound) == (0 < betas[1] <= betas[0] ** 2 or betas == (0.9, 0.0))
 
 
@@ -485,6 +487,11 @@ def test_from_which_iteration_on_removal_is_exact():
     assert schedule.exact_from(lambda _: 1.0) == 500
     assert schedule.exact_from(lambda _: 1e-9) == 251
     assert KappaSchedule(kappa_max=0.0).exact_from(lambda _: 0.0) == 500
+    # a constant threshold, which the last step alone could pass
+    sudden = KappaSchedule(1.0, steps=2)
+    limit = 1 / (1.001 * largest_adam_step(500))
+    assert sudden.exact_from(lambda _: limit * (1 - 1e-9)) == 251
+    assert sudden.exact_from(lambda _: limit * (1 + 1e-9)) == 500
 
 
 @pytest.mark.parametrize("operator", ["exact", "released"])

@@ -359,3 +359,6 @@ def test_state_that_moves_under_its_objects_is_found(backend):
         twin.step(twin.grads())
     del held
     assert_close(twin)
+    for p, q in zip(twin.ours, twin.theirs):
+        for name in prox_adamw.MOMENTS:
+            torch.testing.assert_close(twin.state[p][name], twin.torch.state[q][name], rtol=1e-5, atol=1e-9)

@@ -57,17 +57,24 @@ def test_blocks_meet_without_a_gap(size):
     assert launch.kept.tolist() == [int(torch.count_nonzero(params[1]))]
 
 
-def test_addresses_that_are_not_aligned():
-    buffer = torch.randn(40)
-    params, groups, state, launch = optimizer_of([(20,)], [(4,)])
-    params[0].data = buffer[1:21]
-    twin = torch.nn.Parameter(params[0].detach().clone())
-    twin.grad = params[0].grad.clone()
-    around = buffer[[0, *range(21, 40)]].clone()
+@pytest.mark.parametrize("first", [1, 4], ids=["not aligned", "aligned"])
+@pytest.mark.parametrize("size", [20, BLOCK - 1, BLOCK, BLOCK + BLOCK - 3])
+def test_nothing_beside_a_parameter_is_written(first, size):
+    params, groups, state, launch = optimizer_of([(size,)], [(4,)])
+    buffers = [torch.randn(first + size + 16) for _ in range(4)]
+    inside, twin = slice(first, first + size), torch.nn.Parameter(buffers[0][first : first + size].clone())
+    params[0].data, twin.grad = buffers[0][inside], buffers[1][inside].clone()
+    params[0].grad = buffers[1][inside]
+    for buffer in buffers[2:]:
+        buffer[inside] = 0.0
+    state[params[0]] = {"step": torch.tensor(0.0), "exp_avg": buffers[2][inside], "exp_avg_sq": buffers[3][inside]}
+    around = [buffer.clone() for buffer in buffers]
     launch.step(groups, state)
     torch.optim.AdamW([twin], **OPTIONS).step()
     torch.testing.assert_close(params[0], twin, rtol=1e-6, atol=1e-6)
-    assert buffer[[0, *range(21, 40)]].equal(around), "written beside the parameter"
+    for buffer, before in zip(buffers, around):
+        before[inside] = buffer[inside]
+        assert buffer.equal(before)
 
 
 def test_every_program_counts_its_steps_and_the_state_shows_them():
@@ -101,7 +108,7 @@ def capture(monkeypatch):
 def test_a_capture_keeps_its_tables_alive_and_leaves_them_as_they_are(capture):
     params, groups, state, launch = optimizer_of([(30,)], [(8,)])
     launch.step(groups, state)
-    capture.active = True
+    capture.active, spare = True, launch._runner._spares[-1]
     held = [p.grad for p in params]
     for p in params:
         p.grad = torch.randn_like(p)  # a capture allocates its gradients in a pool of its own
@@ -114,6 +121,7 @@ def test_a_capture_keeps_its_tables_alive_and_leaves_them_as_they_are(capture):
     launch.step(groups, state)
     assert runner._table is not table and any(t is table for t in runner._captured)
     assert table.tolist() == bits
+    assert any(t is spare for t in runner._captured), "what a replay copies from"
     assert any(t is runner._scalars for t in runner._captured) and any(t is runner._steps for t in runner._captured)
 
 
