@@ -90,10 +90,9 @@ __device__ int32_t kept_rank(const Oriented& item) {  // every thread counts: a 
 
 // List the ranks from `base` on whose gate is not zero, in order.
 __device__ void list_ranks(const Oriented& item, int64_t base, Shared& shared) {
-    __syncthreads();
     const int mine = int(threadIdx.x);
     if (mine < RANK_STEP) shared.gate[mine] = base + mine < item.rank ? item.gate[base + mine] : 0.0f;
-    __syncthreads();
+    __syncthreads();  // also behind the last use of the list before
     if (mine < RANK_STEP) {
         int place = 0;
         for (int before = 0; before < mine; ++before) place += shared.gate[before] != 0;

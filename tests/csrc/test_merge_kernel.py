@@ -7,6 +7,7 @@ path. What remains for a GPU: memory that threads share without a barrier, and t
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
 import shutil
@@ -206,15 +207,52 @@ def test_check_reads_only_and_counts_what_the_cpu_counts(kernel, layout):
     cases[0].weight[69, 519] = cases[0].weight[3, 4] = 65504.0
     cases[0].lora_a[0], cases[0].lora_b[:, 0], cases[0].gate[:] = 100.0, 100.0, torch.tensor([1.0, 0, 0, 0, 0, 0])
     cases[1].residual[60, 500] = float("nan")
-    cases[2].lora_a[1, 519] = cases[2].lora_b[69, 1] = float("inf")  # of a dead rank
+    cases[2].lora_a[1, 519] = cases[2].lora_b[69, 1] = cases[2].lora_b[0, 4] = float("inf")  # of dead ranks
     cases[3].gate[2] = float("nan")
     ours, theirs, _ = run_both(kernel, cases, write=False)
     for before, (case, figures), (_, cpu_figures) in zip(cases, ours, theirs):
         assert raw(case.weight) == raw(before.weight) and raw(case.residual) == raw(before.residual)
         for name in ("kept_rank", "not_finite", "largest", "bad_a", "bad_b", "bad_gate", "bad_residual"):
             assert figures[name] == cpu_figures[name], name
-    assert [sum(figures[name] for name in FIGURES if name.startswith("bad")) for _, figures in ours] == [0, 1, 2, 1]
+    assert [sum(figures[name] for name in FIGURES if name.startswith("bad")) for _, figures in ours] == [0, 1, 3, 1]
     assert ours[0][1]["not_finite"] >= 2
+
+
+def at_the_end_of_a_page(tensor, keep):
+    """A copy whose last element is the last one before memory that may not be touched."""
+    page, size = mmap.PAGESIZE, max(tensor.numel() * tensor.element_size(), 1)
+    room = (size + page - 1) // page * page
+    memory = mmap.mmap(-1, room + page)
+    keep.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), ctypes.c_size_t(page), 0) == 0
+    whole = torch.frombuffer(memory, dtype=torch.uint8, count=room)
+    offset = room - tensor.numel() * tensor.element_size()
+    return whole[offset:].view(tensor.dtype).view(tensor.shape).copy_(tensor) if tensor.numel() else tensor
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to outlive what it looks for")
+@pytest.mark.parametrize("path", ["kernel", "cpu"])
+def test_nothing_beyond_an_operand_is_touched(kernel, path):
+    """Every operand ends where a page ends and the next may not be touched; a fault would kill the child."""
+    torch.manual_seed(4)
+    modes = ["nearest", "stochastic", "int8", "same dtype"]
+    child = os.fork()
+    if child == 0:
+        keep = []
+        for i in range(40):
+            shape = [int(size) for size in torch.randint(1, 70, (2,))] + [int(torch.randint(0, 30, ()))]
+            case = Case(shape, DTYPES[i % 3], modes[i % 4])
+            for name in ("weight", "lora_a", "lora_b", "gate", "residual"):
+                if getattr(case, name) is not None:
+                    setattr(case, name, at_the_end_of_a_page(getattr(case, name), keep))
+            for write in (False, True):
+                if path == "kernel":
+                    kernel(write, False, [case.item()])
+                else:
+                    (_C.merge_cpu if write else _C.check_cpu)([case.cpu_item()], 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_squares_beyond_float32_are_taken_again(kernel):

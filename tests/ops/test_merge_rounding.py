@@ -114,8 +114,10 @@ def test_stochastic_depends_on_seed_module_and_place_alone():
     assert not torch.equal(first[0], other[0])
     torch.manual_seed(3)
     drawn = merge_([lists[0][0].clone()], *([each[0]] for each in lists[1:]), rounding="stochastic").seed
+    again = [merge_([lists[0][0].clone()], *([each[0]] for each in lists[1:]), rounding="stochastic").seed]
     torch.manual_seed(3)
-    assert drawn == merge_([lists[0][0].clone()], *([each[0]] for each in lists[1:]), rounding="stochastic").seed
+    again.append(merge_([lists[0][0].clone()], *([each[0]] for each in lists[1:]), rounding="stochastic").seed)
+    assert again[0] != drawn == again[1]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
