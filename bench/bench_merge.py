@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from merge_model import make_set, module_shapes, ours, torch_loops
+from merge_model import make_set, ours, torch_loops
+from shapes import module_shapes
 
 from fastlora import reference
 

@@ -44,7 +44,7 @@ def threads():
 
 def elements(place) -> int:
     r = 4 if place.small else 16
-    return sum(r * (n + k + 1) for n, k in whole.module_shapes(place.small))
+    return sum(r * (n + k + 1) for n, k in whole.modules(place.small))
 
 
 @pytest.mark.parametrize("rival", whole.OPTIMIZERS)
@@ -94,4 +94,4 @@ def test_a_table_that_is_written_again_at_every_step(ratio, goal, place):
 
 def shapes(place):
     r = 4 if place.small else 16
-    return [shape for n, k in whole.module_shapes(place.small) for shape in ((r, k), (n, r), (r,))]
+    return [shape for n, k in whole.modules(place.small) for shape in ((r, k), (n, r), (r,))]

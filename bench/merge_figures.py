@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge_model import MergeSet, make_set, module_shapes
+from merge_model import MergeSet, make_set
+from shapes import module_shapes
 from torch import Tensor, nn
 
 from fastlora import build_info, ops, reference

@@ -1,4 +1,4 @@
-"""The 144 adapted matrices of CLIP ViT-B/16 for the benchmarks of the merge, and the loops that it is compared with."""
+"""Weights and adapters for the benchmarks of the merge, and the loops that it is compared with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
-
-
-def module_shapes(blocks: int = 12, widths: tuple[int, ...] = (768, 512)) -> list[tuple[int, int]]:
-    """[N, K] of q, k, v, out, c_fc, c_proj in every block of both towers."""
-    per_block = [[(d, d)] * 4 + [(4 * d, d), (d, 4 * d)] for d in widths]
-    return [shape for tower in per_block for _ in range(blocks) for shape in tower]
 
 
 @dataclass

@@ -77,3 +77,9 @@ def gpu_shapes(small: bool) -> tuple[Shape, ...]:
 
 def lorafusion_shapes(small: bool) -> tuple[Shape, ...]:
     return SMALL_LORAFUSION_SHAPES if small else LORAFUSION_SHAPES
+
+
+def module_shapes(blocks: int = 12, widths: tuple[int, ...] = (768, 512)) -> list[tuple[int, int]]:
+    """[N, K] of the adapted matrices of CLIP ViT-B/16: q, k, v, out, c_fc, c_proj of every block, both towers."""
+    per_block = [[(d, d)] * 4 + [(4 * d, d), (d, 4 * d)] for d in widths]
+    return [shape for tower in per_block for _ in range(blocks) for shape in tower]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextvars
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -128,8 +128,20 @@ def rank_lora_tma_kernel(
             tl.store(tile_ptrs(y_ptr, offs_m, N * PARTS, part * N + offs_n, 1), y, mask=mask_m & mask_n)
 
 
-def why_not_tma(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """The reason that descriptors cannot serve `x @ weight.T`, or None; x [M, K], weight [N, K] or a transposed view."""
+def serves_ranks(arch: str, ranks: Sequence[int]) -> bool:
+    """Whether the descriptor kernels take these ranks of projections.
+
+    The rank product's factors come by pointers; of ranks that 16 does not divide they come one element at a time, which
+    takes so many registers beside the persistent loop that 5 of 22 such kernels spill. The interpreter has none to spill.
+    """
+    return arch == common.INTERPRETER or all(rank % 16 == 0 for rank in ranks)
+
+
+def why_not_tma(x: torch.Tensor, weight: torch.Tensor, ranks: Sequence[int] = ()) -> str | None:
+    """The reason that descriptors cannot serve `x @ weight.T`, or None; x [M, K], weight [N, K] or a transposed view.
+
+    ranks: of the projections.
+    """
     arch = common.architecture(x)
     if arch not in ("sm_90", "sm_100", common.INTERPRETER):
         return f"tensor descriptors need sm_90 or newer, and the tensors are on {arch}"
@@ -144,6 +156,8 @@ def why_not_tma(x: torch.Tensor, weight: torch.Tensor) -> str | None:
             return f"rows of {name} do not all start at a multiple of 16 bytes"
         if matrix.stride(0) < matrix.shape[1]:
             return f"rows of {name} overlap (stride {matrix.stride(0)} for {matrix.shape[1]} columns)"
+    if not serves_ranks(arch, ranks):
+        return f"the descriptor kernels take ranks that 16 divides, and these are {', '.join(map(str, ranks))}"
     return None
 
 
@@ -173,7 +187,7 @@ def tma_gemm(
     Raises:
         ValueError: descriptors cannot serve x or weight.
     """
-    obstacle = why_not_tma(x, weight)
+    obstacle = why_not_tma(x, weight, ranks or (gate.shape[-1],))
     if obstacle:
         raise ValueError(f"the tile {tile} asks for descriptors, but {obstacle}. Use a tile without tma.")
     (m, k), n, r = x.shape, weight.shape[0], gate.shape[-1]

@@ -185,8 +185,8 @@ def _merge(state: dict[str, Any]) -> list[dict[str, Any]]:
     call, unchecked = found["merge_"], found["merge_ check=False"]
     at_random = found["merge_ stochastic"]["to check=False"]["median"]
     note = f"check=False {unchecked['to addmm_ loop']['median']:.3f}; stochastic / nearest {at_random:.2f} (limit 1.10)"
-    graph = unchecked["to addmm_ loop, graph"]
     by = f"merge_ ({found['backend']}); graph: check=False"
+    graph = unchecked["to addmm_ loop, graph"] if value(unchecked["to addmm_ loop, graph"]) else None
     ratio = _row("G8", *lines[0], eager=call["to addmm_ loop"], graph=graph, by=by, note=note)
     share = unchecked["share_of_copy"]
     if share is None:

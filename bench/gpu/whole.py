@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from shapes import module_shapes
 from torch import Tensor
 
 from fastlora import ops, reference
@@ -17,11 +18,9 @@ KAPPA, LR, BETAS = 1e-4, 5e-4, (0.9, 0.9999)
 Adapters = list[tuple[Tensor, Tensor, Tensor]]
 
 
-def module_shapes(small: bool) -> list[tuple[int, int]]:
-    """[N, K] of the 144 adapted matrices of CLIP ViT-B/16: q, k, v, out, c_fc, c_proj of 12 blocks in both towers."""
-    widths, blocks = ((16, 8), 1) if small else ((768, 512), 12)
-    per_block = [[(d, d)] * 4 + [(4 * d, d), (d, 4 * d)] for d in widths]
-    return [shape for tower in per_block for _ in range(blocks) for shape in tower]
+def modules(small: bool) -> list[tuple[int, int]]:
+    """[N, K] of every adapted matrix; of a tiny model for a small run."""
+    return module_shapes(1, (16, 8)) if small else module_shapes()
 
 
 def _adapters(run: Any, dtype: torch.dtype, scale: float) -> tuple[list[Tensor], Adapters]:
@@ -32,7 +31,7 @@ def _adapters(run: Any, dtype: torch.dtype, scale: float) -> tuple[list[Tensor],
 
     r = 4 if run.small else 16
     weights, adapters = [], []
-    for n, k in module_shapes(run.small):
+    for n, k in modules(run.small):
         weights.append(normal(n, k, factor=k**-0.5).to(dtype))
         # no gate near zero: every rank is at work in every rival
         adapters.append((normal(r, k, factor=k**-0.5), normal(n, r, factor=scale), normal(r).sign() + 0.1 * normal(r)))

@@ -32,8 +32,9 @@ def make_plan(role: str, x: Tensor, weight: Tensor, r: int, ranks: Ranks, varian
         RuntimeError: descriptors were asked for by name for a forward that they cannot serve. A dx gives way: by then
             it is too late to choose.
     """
+    widths = (ranks if role == "fwd" else None) or (r,)
     if variant in TMA_VARIANTS:
-        return _by_descriptors(role, x, weight, (ranks if role == "fwd" else None) or (r,), variant)
+        return _by_descriptors(role, x, weight, widths, variant)
     if variant != "triton":
         return Plan(variant, None, "asked for by name")
     entry = dispatch.lookup_call(role, x, weight, r, ranks)
@@ -44,7 +45,7 @@ def make_plan(role: str, x: Tensor, weight: Tensor, r: int, ranks: Ranks, varian
 
     if not rows_aligned(x, 1):
         return Plan(entry.variant, None, f"{entry.reason}; not its tile, which was measured on aligned rows")
-    obstacle = _why_not_tma(role, x, weight) if tile.tma else None
+    obstacle = _why_not_tma(role, x, weight, widths) if tile.tma else None
     if obstacle:
         return Plan(entry.variant, None, f"pointer kernel instead of the table's descriptors: {obstacle}")
     return Plan(entry.variant, tile, entry.reason)
@@ -53,7 +54,7 @@ def make_plan(role: str, x: Tensor, weight: Tensor, r: int, ranks: Ranks, varian
 def _by_descriptors(role: str, x: Tensor, weight: Tensor, ranks: tuple[int, ...], variant: str) -> Plan:
     from fastlora.triton_kernels.tiles import pick_tma_tile
 
-    kind, obstacle = variant.removesuffix(TMA), _why_not_tma(role, x, weight)
+    kind, obstacle = variant.removesuffix(TMA), _why_not_tma(role, x, weight, ranks)
     if obstacle and role == "fwd":
         raise RuntimeError(f'backend "{variant}" was asked for but {obstacle}. Pass backend="{kind}" or "auto".')
     if obstacle:
@@ -62,7 +63,7 @@ def _by_descriptors(role: str, x: Tensor, weight: Tensor, ranks: tuple[int, ...]
     return Plan(kind, pick_tma_tile(x, weight, kind, ranks), "asked for by name")
 
 
-def _why_not_tma(role: str, x: Tensor, weight: Tensor) -> str | None:
+def _why_not_tma(role: str, x: Tensor, weight: Tensor, ranks: tuple[int, ...]) -> str | None:
     from fastlora.triton_kernels.rank_lora_tma import why_not_tma
 
-    return why_not_tma(x, weight if role == "fwd" else weight.t())
+    return why_not_tma(x, weight if role == "fwd" else weight.t(), ranks)

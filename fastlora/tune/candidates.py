@@ -73,15 +73,17 @@ def default_candidates(call: Call, role: str, device: torch.device) -> list[Cand
     In a backward pass p is there already and all variants of dx are one launch, "split".
     """
     from fastlora.triton_kernels import common, tiles
+    from fastlora.triton_kernels.rank_lora_tma import serves_ranks
 
     like = torch.empty(0, dtype=call.dtype, device=device)
     one_launch = role == "dx" or max(call.ranks or (call.r,)) > ONE_PASS_MAX_RANK
+    described = serves_ranks(common.architecture(like), call.ranks if role == "fwd" and call.ranks else (call.r,))
     found = [Candidate("library")]
     for variant in ("split",) if one_launch else TRITON_VARIANTS:
         for kernel in ("gemm", "tma_gemm") if variant == "split" else ("one_pass", "tma_one_pass"):
             configs = tiles.tile_configs(kernel, common.compute_type(like), common.architecture(like))
             # two sizes may be one tile
-            found += [Candidate(variant, tile) for tile in dict.fromkeys(configs.values())]
+            found += [Candidate(variant, tile) for tile in dict.fromkeys(configs.values()) if described or not tile.tma]
     return found
 
 

@@ -149,6 +149,15 @@ def test_what_descriptors_do_not_serve(x, weight, text):
         rank_lora_fwd(x, weight, *op.tensors()[2:], torch.tensor(0.1), 1.0, tile=TILE)
 
 
+def test_ranks_that_would_spill_take_the_pointer_kernel(monkeypatch):
+    """On a device: the interpreter has no registers, and its tests cross the edges of odd ranks."""
+    assert why_not_tma(*matrices(), (5,)) is None
+    monkeypatch.setattr(common, "architecture", lambda tensor: "sm_90")
+    assert why_not_tma(*matrices(), (16, 0, 32)) is None
+    message = "the descriptor kernels take ranks that 16 divides, and these are 16, 5, 16"
+    assert why_not_tma(*matrices(), (16, 5, 16)) == message
+
+
 def test_older_devices_are_named(monkeypatch):
     monkeypatch.setattr(common, "architecture", lambda tensor: "sm_80")
     assert why_not_tma(*matrices()) == "tensor descriptors need sm_90 or newer, and the tensors are on sm_80"
