@@ -28,6 +28,35 @@ struct Avx2 {
     static F sub(F a, F b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
     static F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
     static F abs(F a) { return {abs(a.low), abs(a.high)}; }
+    static F zero_if_nan(F a) { return {number(a.low), number(a.high)}; }
+    static F nearest(F a) {
+        constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        return {_mm256_round_ps(a.low, mode), _mm256_round_ps(a.high, mode)};
+    }
+    template <class S>
+    static F ulp(S, F weight) {
+        const __m256i digits = _mm256_set1_epi32(Ulp<S>::digits);
+        return {power_of_two(_mm256_sub_epi32(exponent_field_of<S>(weight.low), digits)),
+                power_of_two(_mm256_sub_epi32(exponent_field_of<S>(weight.high), digits))};
+    }
+    template <class S>
+    static F per_ulp(S, F weight) {
+        const __m256i most = _mm256_set1_epi32(254 + Ulp<S>::digits);
+        return {power_of_two(_mm256_sub_epi32(most, exponent_field_of<S>(weight.low))),
+                power_of_two(_mm256_sub_epi32(most, exponent_field_of<S>(weight.high)))};
+    }
+    static F load_int8(const int8_t* source) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+    }
+    static void store_int8(int8_t* target, F units) {
+        const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(units.low), _mm256_cvtps_epi32(units.high));
+        const __m256i words = _mm256_permute4x64_epi64(mixed, _MM_SHUFFLE(3, 1, 2, 0));  // packs works within halves
+        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(target), bytes);
+    }
+    static F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
     static F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }  // b when a is NaN
     static F ratio(F a, F b) {
         return {_mm256_div_ps(abs(a.low), abs(b.low)), _mm256_div_ps(abs(a.high), abs(b.high))};
@@ -94,6 +123,13 @@ struct Avx2 {
     static void store(BF16, uint16_t* target, __m256i bits) { store_16(target, bits); }
 
 private:
+    template <class S>
+    static __m256i exponent_field_of(__m256 weight) {
+        const __m256i field = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(weight), 23), _mm256_set1_epi32(255));
+        return _mm256_min_epu32(_mm256_max_epu32(field, _mm256_set1_epi32(Ulp<S>::floor)), _mm256_set1_epi32(254));
+    }
+    static __m256 power_of_two(__m256i field) { return _mm256_castsi256_ps(_mm256_slli_epi32(field, 23)); }
+    static __m256 number(__m256 a) { return _mm256_andnot_ps(is_nan(a), a); }
     static __m256 abs(__m256 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
     static __m256d quarter(F a, int i) {
         const __m256 half = i < 2 ? a.low : a.high;

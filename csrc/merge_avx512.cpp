@@ -21,6 +21,24 @@ struct Avx512 {
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F abs(F a) { return _mm512_abs_ps(a); }
+    static F zero_if_nan(F a) { return _mm512_maskz_mov_ps(__mmask16(~is_nan(a)), a); }
+    static F nearest(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    template <class S>
+    static F ulp(S, F weight) {
+        return power_of_two(_mm512_sub_epi32(exponent_field_of<S>(weight), _mm512_set1_epi32(Ulp<S>::digits)));
+    }
+    template <class S>
+    static F per_ulp(S, F weight) {
+        return power_of_two(_mm512_sub_epi32(_mm512_set1_epi32(254 + Ulp<S>::digits), exponent_field_of<S>(weight)));
+    }
+    static F load_int8(const int8_t* source) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    }
+    static void store_int8(int8_t* target, F units) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(units)));
+    }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b when a is NaN
     static F ratio(F a, F b) { return _mm512_div_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)); }
     static F unless_zero(F test, F a, F b) { return _mm512_mask_blend_ps(__mmask16(nonzero(test)), b, a); }
@@ -77,6 +95,12 @@ struct Avx512 {
     static void store(BF16, uint16_t* target, __m256i bits) { store_16(target, bits); }
 
 private:
+    template <class S>
+    static __m512i exponent_field_of(F weight) {
+        const __m512i field = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(weight), 23), _mm512_set1_epi32(255));
+        return _mm512_min_epu32(_mm512_max_epu32(field, _mm512_set1_epi32(Ulp<S>::floor)), _mm512_set1_epi32(254));
+    }
+    static F power_of_two(__m512i field) { return _mm512_castsi512_ps(_mm512_slli_epi32(field, 23)); }
     static __mmask16 is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
     static __m256i load_16(const uint16_t* source) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));

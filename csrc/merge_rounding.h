@@ -82,15 +82,23 @@ FASTLORA_HD uint32_t exponent_field(float weight) {
 }
 
 template <class S>
+FASTLORA_HD float ulp_of(float weight) {
+    return float_of((exponent_field<S>(weight) - Ulp<S>::digits) << 23);
+}
+
+template <class S>
+FASTLORA_HD float per_ulp_of(float weight) {
+    return float_of((254u + Ulp<S>::digits - exponent_field<S>(weight)) << 23);
+}
+
+template <class S>
 FASTLORA_HD float residual_value(S, I8, int8_t kept, float weight) {
-    const float ulp = float_of((exponent_field<S>(weight) - Ulp<S>::digits) << 23);
-    return (float(kept) * ulp) * (1.0f / 254.0f);
+    return (float(kept) * ulp_of<S>(weight)) * (1.0f / 254.0f);
 }
 
 template <class S>
 FASTLORA_HD int8_t residual_store(S, I8, float rest, float weight) {
-    const float per_ulp = float_of((254u + Ulp<S>::digits - exponent_field<S>(weight)) << 23);
-    float units = (rest * per_ulp) * 254.0f;  // the first product is exact
+    float units = (rest * per_ulp_of<S>(weight)) * 254.0f;  // the first product is exact
     units = units > 127.0f ? 127.0f : units;
     units = units > -127.0f ? units : -127.0f;
     units = rest == rest ? units : 0.0f;

@@ -1,10 +1,10 @@
 // The loop over a block of rows, written once over a vector type V of 16 lanes and compiled once for each instruction
 // set. Sixteen lanes in every set: sums of a report are kept lane by lane, so the sets agree in every bit.
 //
-// V has: F (16 floats), D (16 doubles); zero, set1, load, fma, add, sub, mul, abs, unless_zero, ratio, max, square_into,
-// add_into, sum; bits / widen / round / store for each storage type; and nonzero, equal, greater, not_finite, which
-// return 16 bits. Rounding to nearest is written with them; the other modes go through merge_rounding.h lane by lane,
-// in loops that the compiler vectorizes.
+// V has: F (16 floats), D (16 doubles); zero, set1, load, fma, add, sub, mul, abs, unless_zero, zero_if_nan, ratio, min,
+// max, nearest, square_into, add_into, sum; bits / widen / round / store and ulp / per_ulp for each storage type;
+// load_int8, store_int8; and nonzero, equal, greater, not_finite, which return 16 bits. Rounding to nearest and residuals
+// are written with them; stochastic rounding goes through merge_rounding.h lane by lane.
 #pragma once
 
 #include "merge.h"
@@ -93,11 +93,17 @@ inline void fold(Sums<V>& sums) {
 
 // ---- one vector of elements
 
+// dropped() of merge_core.h
+template <class V, class F = typename V::F>
+inline F dropped(F a, F b, F sum) {
+    const F part = V::sub(sum, a);
+    return V::add(V::sub(a, V::sub(sum, part)), V::sub(b, part));
+}
+
 // lost() of merge_core.h
 template <class V, class F = typename V::F>
 inline F lost(F32, F weight, F delta, F sum, F stored) {
-    const F part = V::sub(sum, weight);
-    return V::add(V::sub(sum, stored), V::add(V::sub(weight, V::sub(sum, part)), V::sub(delta, part)));
+    return V::add(V::sub(sum, stored), dropped<V>(weight, delta, sum));
 }
 template <class V, class Half, class F = typename V::F>
 inline F lost(Half, F, F, F sum, F stored) {
@@ -124,18 +130,72 @@ template <class V, class S, bool WRITE>
     tally<V>(old, delta, sum, stored, lost<V>(S{}, old, delta, sum, stored), at.valid, sums, stats);
 }
 
-template <class V, class S, bool WRITE, class M>
-[[gnu::always_inline]] inline void finish(M, const Place<S, M>& at, typename V::F delta, Sums<V>& sums,
+// The residual of 16 elements as it lies in memory, in units: of 1, or of ulp / 254
+template <class V, class S>
+inline typename V::F units_of(S, S, const typename S::Store* residual) {
+    return V::widen(S{}, V::bits(S{}, residual));
+}
+template <class V, class S>
+inline typename V::F units_of(S, I8, const int8_t* residual) {
+    return V::load_int8(residual);
+}
+
+template <class V, class S>
+inline typename V::F residual_value(S, S, typename V::F units, typename V::F) {
+    return units;
+}
+template <class V, class S>
+inline typename V::F residual_value(S, I8, typename V::F units, typename V::F weight) {
+    return V::mul(V::mul(units, V::ulp(S{}, weight)), V::set1(1.0f / 254.0f));
+}
+
+// residual_store() of merge_rounding.h, up to the writing
+template <class V, class S>
+inline typename V::F units_for(S, S, typename V::F rest, typename V::F) {
+    return V::widen(S{}, V::round(S{}, V::zero_if_nan(rest)));
+}
+template <class V, class S>
+inline typename V::F units_for(S, I8, typename V::F rest, typename V::F weight) {
+    const typename V::F units = V::mul(V::mul(V::zero_if_nan(rest), V::per_ulp(S{}, weight)), V::set1(254.0f));
+    return V::nearest(V::max(V::min(units, V::set1(127.0f)), V::set1(-127.0f)));
+}
+
+template <class V, class S>
+inline void store_units(S, S, typename S::Store* residual, typename V::F units) {
+    V::store(S{}, residual, V::round(S{}, units));  // exact: they are numbers of S
+}
+template <class V, class S>
+inline void store_units(S, I8, int8_t* residual, typename V::F units) {
+    V::store_int8(residual, units);
+}
+
+// merge_rounding.h's Compensated in vectors
+template <class V, class S, bool WRITE, class E>
+[[gnu::always_inline]] inline void finish(Compensated<E>, const Place<S, Compensated<E>>& at, typename V::F delta,
+                                          Sums<V>& sums, TileStats& stats) {
+    using F = typename V::F;
+    const F old = V::widen(S{}, V::bits(S{}, at.weight)), before = units_of<V>(S{}, E{}, at.residual);
+    const F had = residual_value<V>(S{}, E{}, before, old), step = V::add(delta, had);
+    const F sum = V::unless_zero(delta, V::add(old, step), old);
+    const auto bits = V::round(S{}, sum);
+    const F stored = V::widen(S{}, bits);
+    const F rest = V::add(V::sub(sum, stored), V::add(dropped<V>(old, step, sum), dropped<V>(delta, had, step)));
+    const F left = V::unless_zero(delta, units_for<V>(S{}, E{}, rest, stored), before);
+    if (WRITE) V::store(S{}, at.weight, bits);
+    if (WRITE) store_units<V>(S{}, E{}, at.residual, left);
+    const F gone = V::unless_zero(delta, V::sub(rest, residual_value<V>(S{}, E{}, left, stored)), V::zero());
+    tally<V>(old, delta, sum, stored, gone, at.valid, sums, stats);
+}
+
+template <class V, class S, bool WRITE>
+[[gnu::always_inline]] inline void finish(Stochastic, const Place<S, Stochastic>& at, typename V::F delta, Sums<V>& sums,
                                           TileStats& stats) {
-    constexpr bool has_residual = M::residual;
     alignas(64) float deltas[LANES], old[LANES], sum[LANES], stored[LANES], gone[LANES];
     V::store(F32{}, deltas, delta);
     for (int lane = 0; lane < LANES; ++lane) {
-        const auto kept = has_residual ? at.residual[lane] : 0;
-        const auto out = M::merge(S{}, at.weight[lane], kept, deltas[lane], M::draws ? at.draws[lane] : 0u);
+        const auto out = Stochastic::merge(S{}, at.weight[lane], 0, deltas[lane], at.draws[lane]);
         old[lane] = out.old, sum[lane] = out.sum, stored[lane] = out.stored, gone[lane] = out.gone;
         if (WRITE) at.weight[lane] = out.bits;
-        if (WRITE && has_residual) at.residual[lane] = out.kept;
     }
     tally<V>(V::load(old), delta, V::load(sum), V::load(stored), V::load(gone), at.valid, sums, stats);
 }

@@ -52,6 +52,29 @@ struct Scalar {
     static F abs(const F& a) {
         return each([&](int i) { return fabsf(a.lane[i]); });
     }
+    static F zero_if_nan(const F& a) {
+        return each([&](int i) { return a.lane[i] == a.lane[i] ? a.lane[i] : 0.0f; });
+    }
+    static F nearest(const F& a) {
+        return each([&](int i) { return nearbyintf(a.lane[i]); });
+    }
+    template <class S>
+    static F ulp(S, const F& weight) {
+        return each([&](int i) { return ulp_of<S>(weight.lane[i]); });
+    }
+    template <class S>
+    static F per_ulp(S, const F& weight) {
+        return each([&](int i) { return per_ulp_of<S>(weight.lane[i]); });
+    }
+    static F load_int8(const int8_t* source) {
+        return each([&](int i) { return float(source[i]); });
+    }
+    static void store_int8(int8_t* target, const F& units) {
+        for (int i = 0; i < LANES; ++i) target[i] = int8_t(units.lane[i]);
+    }
+    static F min(const F& a, const F& b) {
+        return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
     static F max(const F& a, const F& b) {
         return each([&](int i) { return larger(a.lane[i], b.lane[i]); });
     }
