@@ -4,7 +4,7 @@
 // V has: F (16 floats), D (16 doubles); zero, set1, load, fma, add, sub, mul, abs, unless_zero, zero_if_nan, ratio, min,
 // max, nearest, square_into, add_into, sum; bits / widen / round / store and ulp / per_ulp for each storage type;
 // load_int8, store_int8; and nonzero, equal, greater, not_finite, which return 16 bits. Rounding to nearest and residuals
-// are written with them; stochastic rounding goes through merge_rounding.h lane by lane.
+// are written with them, random words and what is done with them in the compiler's own vectors.
 #pragma once
 
 #include "merge.h"
@@ -45,6 +45,54 @@ extern const Isa avx2_isa, avx512_isa;
 #endif
 
 namespace {  // internal linkage, for the reason that merge_core.h gives
+
+// ---- sixteen integers or floats in the compiler's own vectors, which it splits as the instruction set needs
+
+using Words [[gnu::vector_size(64)]] = uint32_t;
+using Integers [[gnu::vector_size(64)]] = int32_t;
+using Floats [[gnu::vector_size(64)]] = float;
+using Products [[gnu::vector_size(64)]] = uint64_t;
+
+// Upper and lower halves of 16 products of 32 bits, those of even and odd lanes apart.
+inline void multiply(uint32_t factor, const Words& words, Words& high, Words& low) {
+    const Products even = (Products(words) & 0xffffffffu) * factor, odd = (Products(words) >> 32) * factor;
+    high = Words((even >> 32) | (odd & ~Products{} << 32));
+    low = words * factor;
+}
+
+// philox_round() of merge_rounding.h
+inline void philox_round(Words (&word)[4], PhiloxKey key) {
+    Words high_a, low_a, high_b, low_b;
+    multiply(0xD2511F53u, word[0], high_a, low_a);
+    multiply(0xCD9E8D57u, word[2], high_b, low_b);
+    word[0] = high_b ^ word[1] ^ key.low;
+    word[1] = low_b;
+    word[2] = high_a ^ word[3] ^ key.high;
+    word[3] = low_a;
+}
+
+// round_randomly() of merge_rounding.h
+inline void round_randomly(F32, const Floats& values, const Words&, float* out) {
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = round_to(F32{}, values[lane]);
+}
+
+inline void round_randomly(BF16, const Floats& values, const Words& draws, uint16_t* out) {
+    const Words rounded = (Words(values) + (draws >> 16)) >> 16, nan = Words{} + 0x7fc0u;
+    const Words bits = values == values ? rounded : nan;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = uint16_t(bits[lane]);
+}
+
+inline void round_randomly(F16, const Floats& values, const Words& draws, uint16_t* out) {
+    const Words zero = {}, size = Words(values) & 0x7fffffffu, sign = (Words(values) >> 16) & 0x8000u;
+    const Words normal = size >= 0x47800000u ? zero + 0x7c00u : (size - 0x38000000u + (draws >> 19)) >> 13;
+    const Floats small = Floats(size < 0x38800000u ? size : zero) * 16777216.0f;
+    const Integers whole = __builtin_convertvector(small, Integers);
+    const Floats rest = (small - __builtin_convertvector(whole, Floats)) * 16777216.0f;
+    const Integers up = __builtin_convertvector(Integers(draws >> 8), Floats) < rest;  // -1 where it is
+    const Words finite = sign | (size < 0x38800000u ? Words(whole - up) : normal);
+    const Words bits = size > 0x7f800000u ? zero + 0x7e00u : finite;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = uint16_t(bits[lane]);
+}
 
 // ---- sums of a report; they live in registers through the loop, TileStats would live in memory
 
@@ -187,17 +235,21 @@ template <class V, class S, bool WRITE, class E>
     tally<V>(old, delta, sum, stored, gone, at.valid, sums, stats);
 }
 
+// merge_rounding.h's Stochastic in vectors
 template <class V, class S, bool WRITE>
 [[gnu::always_inline]] inline void finish(Stochastic, const Place<S, Stochastic>& at, typename V::F delta, Sums<V>& sums,
                                           TileStats& stats) {
-    alignas(64) float deltas[LANES], old[LANES], sum[LANES], stored[LANES], gone[LANES];
-    V::store(F32{}, deltas, delta);
-    for (int lane = 0; lane < LANES; ++lane) {
-        const auto out = Stochastic::merge(S{}, at.weight[lane], 0, deltas[lane], at.draws[lane]);
-        old[lane] = out.old, sum[lane] = out.sum, stored[lane] = out.stored, gone[lane] = out.gone;
-        if (WRITE) at.weight[lane] = out.bits;
-    }
-    tally<V>(V::load(old), delta, V::load(sum), V::load(stored), V::load(gone), at.valid, sums, stats);
+    const typename V::F old = V::widen(S{}, V::bits(S{}, at.weight));
+    const typename V::F sum = V::unless_zero(delta, V::add(old, delta), old);
+    Floats values;
+    V::store(F32{}, reinterpret_cast<float*>(&values), sum);
+    Words draws;
+    memcpy(&draws, at.draws, sizeof draws);
+    alignas(64) typename S::Store bits[LANES];
+    round_randomly(S{}, values, draws, bits);
+    const typename V::F stored = V::widen(S{}, V::bits(S{}, bits));
+    if (WRITE) memcpy(at.weight, bits, sizeof bits);
+    tally<V>(old, delta, sum, stored, lost<V>(S{}, old, delta, sum, stored), at.valid, sums, stats);
 }
 
 // delta[i] of rows i of one panel: the fused multiply-adds of the kept ranks, in order.
@@ -218,20 +270,16 @@ template <class V, int ROWS>
 struct Draws {
     uint32_t word[ROW_BLOCK][LANES];  // [row][column within the panel]
 
-    // draws_of() of merge_rounding.h for four rows of a panel: sixteen counters side by side, which the compiler vectorizes
+    // draws_of() of merge_rounding.h for four rows of a panel: sixteen counters side by side
     void fill(const Rounding& rounding, int64_t row, int64_t col) {
         constexpr int QUADS = LANES / 4;
-        alignas(64) uint32_t made[4][LANES];
+        Words made[4] = {};
         for (int lane = 0; lane < LANES; ++lane) {
             made[0][lane] = uint32_t(row) + lane / QUADS, made[1][lane] = uint32_t(col / 4) + lane % QUADS;
-            made[2][lane] = rounding.module, made[3][lane] = 0;
         }
+        made[2] += rounding.module;
         PhiloxKey key{uint32_t(rounding.seed), uint32_t(rounding.seed >> 32)};
-        for (int round = 0; round < PHILOX_ROUNDS; ++round, key = next_key(key)) {
-            for (int lane = 0; lane < LANES; ++lane) {
-                philox_round(made[0][lane], made[1][lane], made[2][lane], made[3][lane], key);
-            }
-        }
+        for (int round = 0; round < PHILOX_ROUNDS; ++round, key = next_key(key)) philox_round(made, key);
         for (int lane = 0; lane < LANES; ++lane) {
             for (int i = 0; i < 4; ++i) word[lane / QUADS][lane % QUADS * 4 + i] = made[i][lane];
         }
