@@ -53,7 +53,7 @@ def tiny(seed=0):
 @pytest.fixture(autouse=True)
 def tiny_benchmark(monkeypatch, tmp_path):
     presets = {"codyra": {"kappa_max": 0.4}}
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "tiny", benchmarks.Benchmark(tiny, presets))
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "tiny", benchmarks.Benchmark(tiny, presets=presets))
     monkeypatch.chdir(tmp_path)
 
 
@@ -68,7 +68,7 @@ def no_plots(monkeypatch):
 
 def test_defaults_are_the_demo_and_codyra_with_its_preset():
     run, out = parse_train([]).run, parse_train([]).out
-    preset = benchmarks.BENCHMARKS["demo"].presets["codyra"]
+    preset = benchmarks.BENCHMARKS["demo"].preset(CoDyRAConfig)
     assert (run.benchmark, run.seed, out) == ("demo", 0, None)
     assert run.method == CoDyRAConfig(**preset) and run.method.iterations == 120
 

@@ -44,7 +44,7 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     bench = _value_of("--benchmark", arguments) or bench
     try:
         check_one_of("method", method, CONFIGS)
-        parser = _parser(CONFIGS[method], benchmark(bench).presets.get(method, {}))
+        parser = _parser(CONFIGS[method], benchmark(bench).preset(CONFIGS[method]))
         for path, config in configs:
             _check_keys(path, config, CONFIGS[method])
         known = [option for action in parser._actions for option in action.option_strings]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +38,22 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, tokenizer: Any, stream: TaskStream, *, batch_size: int = 256) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    stream: TaskStream,
+    *,
+    batch_size: int = 256,
+    model_for: Callable[[nn.Module, int], AbstractContextManager[nn.Module]] | None = None,
+) -> Evaluation:
     """Classify every test image by the nearest class embedding.
 
     A class embedding is the normalised mean over the data set's templates of normalised text features. In the union
     label space a prediction counts only for the data set's own copy of a class, also where two share a class name.
 
+    Args:
+        model_for: (model, index) -> context in which the model for data set `index` is there, its text tower included;
+            None where one model serves them all. The held-out set is tested with `model` itself.
     Raises:
         RuntimeError: the model gives features that are not finite.
     """
@@ -48,14 +61,17 @@ def evaluate(model: nn.Module, tokenizer: Any, stream: TaskStream, *, batch_size
     training = model.training
     model.eval()
     try:
-        heads = [class_embeddings(model, tokenizer, task) for task in stream.tasks]
-        union, offset = torch.cat(heads), 0
-        own_accuracy, union_accuracy, held_out = [], [], None
-        for task, head in zip(stream.tasks, heads):
-            own, among_all = _accuracies(model, task, [(head, 0), (union, offset)], batch_size)
+        heads = [class_embeddings(model, tokenizer, task) for task in stream.tasks] if model_for is None else None
+        offset, own_accuracy, union_accuracy, held_out = 0, [], [], None
+        for index, task in enumerate(stream.tasks):
+            with model_for(model, index) if model_for else contextlib.nullcontext(model) as its_model:
+                its_model.eval()
+                its_heads = heads or [class_embeddings(its_model, tokenizer, other) for other in stream.tasks]
+                spaces = [(its_heads[index], 0), (torch.cat(its_heads), offset)]
+                own, among_all = _accuracies(its_model, task, spaces, batch_size)
             own_accuracy.append(own)
             union_accuracy.append(among_all)
-            offset += len(head)
+            offset += len(task.classes)
         if stream.held_out is not None:
             head = class_embeddings(model, tokenizer, stream.held_out)
             (held_out,) = _accuracies(model, stream.held_out, [(head, 0)], batch_size)

@@ -30,6 +30,7 @@ class Record:
         own, union: row 0 before training, row i after task i; percent, one value per task.
         held_out: percent, one per row; empty where the stream has no held-out set.
         ranks: one entry per finished task and adapted module.
+        drift: ||theta - theta_0||_F, one per row; empty in runs that did not measure it.
     """
 
     tasks: list[str]
@@ -37,17 +38,20 @@ class Record:
     union: list[list[float]] = field(default_factory=list)
     held_out: list[float] = field(default_factory=list)
     ranks: list[RankEntry] = field(default_factory=list)
+    drift: list[float] = field(default_factory=list)
 
     @property
     def finished_tasks(self) -> int:
         return max(0, len(self.own) - 1)
 
-    def add(self, own: Any, union: Any, held_out: float | None) -> None:
+    def add(self, own: Any, union: Any, held_out: float | None, drift: float | None = None) -> None:
         """Append the row of one evaluation."""
         self.own.append(list(own))
         self.union.append(list(union))
         if held_out is not None:
             self.held_out.append(held_out)
+        if drift is not None:
+            self.drift.append(drift)
 
     def mean_rank(self) -> float | None:
         """Mean kept rank over the modules of all finished tasks."""
@@ -65,6 +69,7 @@ class Record:
             values.update(shared)
             values["reasons"] = values["reasons"] | reasons
         progress = {"tasks": self.tasks, "finished_tasks": self.finished_tasks, "held_out_curve": self.held_out}
+        progress["drift_curve"] = self.drift
         return figures["own"] | progress | {"union": figures["union"]}
 
     def summary(self) -> str:

@@ -63,14 +63,14 @@ class RunDir:
         self._manifest["duration_seconds"] = round(time.perf_counter() - self._start, 3)
         _write(self.path / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
 
-    def write_record(self, record: Record) -> None:
-        """Write accuracy tables, ranks and metrics; then the manifest that counts the rows."""
+    def write_record(self, record: Record, **changes: Any) -> None:
+        """Write accuracy tables, ranks and metrics; then the manifest that counts the rows, with `changes`."""
         for space, name in TABLES.items():
             rows = [[i, *map(repr, row)] for i, row in enumerate(getattr(record, space))]
             _write(self.path / name, _csv(["after_task", *record.tasks], rows))
         _write(self.path / "ranks.csv", _csv(RANK_COLUMNS, map(dataclasses.astuple, record.ranks)))
         _write(self.path / "metrics.json", json.dumps(record.metrics(), indent=2) + "\n")
-        self.update(finished_tasks=record.finished_tasks)
+        self.update(finished_tasks=record.finished_tasks, **changes)
 
     def append_log(self, rows: Iterable[Sequence[Any]]) -> None:
         """Whole lines in one write: a kill leaves whole lines behind."""

@@ -57,6 +57,7 @@ def read_run(path: str | os.PathLike[str]) -> SavedRun:
         union=tables.get("union", []),
         held_out=metrics.get("held_out_curve", []),
         ranks=ranks,
+        drift=metrics.get("drift_curve", []),
     )
     return SavedRun(path, config, manifest, record, _read(path / "log.csv", _log))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -136,6 +137,25 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reference:
+    """Images and texts of no task, for methods that hold a model to what it said of them.
+
+    Args:
+        images: map-style dataset of (float image tensor [3, H, W], already preprocessed; int, ignored).
+        texts: sentences, at least one.
+    Raises:
+        TypeError, ValueError: what was given, what is accepted, what to do.
+    """
+
+    images: Dataset
+    texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_data(self.images, "images of the reference data", classes=sys.maxsize)
+        object.__setattr__(self, "texts", _texts(self.texts, "texts of the reference data"))
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskStream:
     """Tasks in the order in which they arrive, and a held-out task that is only ever evaluated.
 
@@ -145,14 +165,16 @@ class TaskStream:
         name: name of the benchmark.
         tasks: at least one, with distinct names.
         held_out: evaluated after every task to measure what pretraining knew; None for none.
+        reference: for methods that distil on data of no task; None for none.
     """
 
     name: str
     tasks: Sequence[Task]
     held_out: Task | None = None
+    reference: Reference | None = None
     # state, not value: which training data is still there
     _train: list[Dataset | None] = dataclasses.field(init=False, repr=False, compare=False)
-    _opened: int = dataclasses.field(default=0, init=False, repr=False, compare=False)  # newest opened task
+    _opened: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)  # newest opened task
 
     def __post_init__(self) -> None:
         given = tuple(self.tasks)
@@ -188,7 +210,7 @@ class TaskStream:
                 f"task {index} was asked for; {self.name!r} has tasks 0 to {len(self.tasks) - 1}. Stay within."
             )
         name = self.tasks[index].name
-        if index < self._opened:
+        if self._opened is not None and index < self._opened:
             raise RuntimeError(
                 f"task {index} ({name!r}) is closed: task {self._opened} has been opened, and a stream keeps no "
                 "training data of earlier tasks (exemplar-free). Build the stream anew to start over."
@@ -200,6 +222,27 @@ class TaskStream:
         self._train[:index] = [None] * index
         object.__setattr__(self, "_opened", index)
         return self._train[index]
+
+    def open_all(self) -> list[Dataset]:
+        """Training data of every task at once, for an upper bound that no continual method reaches; then all is closed.
+
+        Raises:
+            RuntimeError: a task has been opened before. ValueError: a task has no training data.
+        """
+        if self._opened is not None:
+            raise RuntimeError(
+                f"all of {self.name!r} was asked for, but task {self._opened} has been opened; a stream hands out "
+                "everything at once or task by task. Build the stream anew."
+            )
+        for task, data in zip(self.tasks, self._train):
+            if data is None:
+                raise ValueError(
+                    f"{task.name!r} has no training data; it can only be evaluated. Give Task a train set."
+                )
+        everything = list(self._train)
+        self._train[:] = [None] * len(self)
+        object.__setattr__(self, "_opened", len(self))
+        return everything
 
     def duplicate_classes(self) -> dict[str, tuple[str, ...]]:
         """Class name -> names of the tasks that share it (two or more). Such classes get identical text embeddings."""

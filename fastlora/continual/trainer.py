@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fastlora.continual.annealing import cosine
-from fastlora.continual.batches import batches, generator_for
+from fastlora.continual.batches import generator_for
 from fastlora.continual.config import CoDyRAConfig, MethodConfig, RunConfig
+from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.manifest import describe
@@ -21,7 +26,8 @@ from fastlora.continual.progress import Progress
 from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_dir import RunDir, check_new_directory
 from fastlora.continual.stream import Task, TaskStream
-from fastlora.continual.text import cut_context, encode_text
+from fastlora.continual.text import encode_text
+from fastlora.continual.training_data import TrainingData, open_data
 
 
 class Trainer:
@@ -65,6 +71,8 @@ class Trainer:
         if self.out is not None:
             check_new_directory(self.out)
         self._run: RunDir | None = None
+        self._drift = Drift(self.model)
+        self._spent = {"train": 0.0, "evaluate": 0.0}
         self._progress = Progress(method.name, progress)
 
     def fit(self) -> Record:
@@ -89,12 +97,13 @@ class Trainer:
             with self._progress:
                 evaluation = self._evaluate("before training")
                 for number, task in enumerate(self.stream.tasks, start=1):
-                    if self.method.trains:
-                        self._train(number, task)
-                    # a method that does not train leaves every figure as it was
-                    self._evaluate(
-                        f"task {number}/{len(self.stream)} {task.name}", None if self.method.trains else evaluation
-                    )
+                    trained = self.method.trains and (number == 1 or not self.method.joint)
+                    if trained:
+                        with self._seconds("train"):
+                            self._train(number, task)
+                    # what was not trained since has the figures that it had
+                    known = None if trained or self.method.per_dataset else evaluation
+                    evaluation = self._evaluate(f"task {number}/{len(self.stream)} {task.name}", known)
         except BaseException as error:
             self.method.abandon(self.model)
             self._finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error)
@@ -104,31 +113,38 @@ class Trainer:
 
     def _train(self, number: int, task: Task) -> None:
         config, model = self.method.config, self.model
-        data = batches(self.stream.open_task(number - 1), config.batch_size, self.config.seed, number)
-        ctx = self._context(number, task)
+        tasks, data, numbers = open_data(self.stream, number, self.method.joint)
+        source = TrainingData(
+            tasks, data, numbers, model, self.tokenizer, config.batch_size, self.config.seed, self.device
+        )
+        ctx = self._context(number, task, data[0])
         torch.manual_seed(generator_for(self.config.seed, "dropout", number).initial_seed())
         self.method.begin_task(ctx)
         optimizer = ctx.optimizer
         first_lrs = [group["lr"] for group in optimizer.param_groups]
         logit_scale = model.logit_scale.detach().exp()  # frozen
-        prompts = self.tokenizer([task.templates[0].format(name) for name in task.classes])
-        prompts = cut_context(model, prompts).to(self.device)
-        text_features: Tensor | None = None
+        frozen_texts: dict[int, Tensor] = {}
         losses: list[Tensor] = []
+        iterations = config.iterations * len(source)  # joint training takes as many steps as all tasks
 
-        self._progress.start(f"task {number}/{len(self.stream)} {task.name}", config.iterations)
+        self._progress.start(f"task {number}/{len(self.stream)} {task.name}", iterations)
         model.train()
-        for iteration in range(config.iterations):
+        for iteration in range(iterations):
             for group, lr in zip(optimizer.param_groups, first_lrs):
-                group["lr"] = cosine(lr, iteration, config.iterations)
-            optimizer.kappa = self.method.kappa(iteration)
+                group["lr"] = cosine(lr, iteration, iterations)
+            kappa = self.method.kappa(iteration)
+            if kappa is not None:
+                optimizer.kappa = kappa
 
-            images, labels = (part.to(self.device) for part in next(data))
-            image_features = model.encode_image(images, normalize=True)
-            if text_features is None or text_features.requires_grad:  # a frozen text tower is encoded once per task
-                text_features = encode_text(model, prompts, normalize=True)
-            loss = contrastive_loss(image_features, text_features, labels, logit_scale, ctx.seen_classes)
-            ctx.step = {"iteration": iteration, "images": images, "labels": labels}
+            batch = source.batch(iteration)
+            image_features = model.encode_image(batch.images, normalize=True)
+            text_features = frozen_texts.get(batch.source)
+            if text_features is None:
+                text_features = encode_text(model, batch.prompts, normalize=True)
+                if not text_features.requires_grad:  # a frozen text tower is encoded once per task
+                    frozen_texts[batch.source] = text_features
+            loss = contrastive_loss(image_features, text_features, batch.labels, logit_scale, ctx.seen_classes)
+            ctx.step = {"iteration": iteration, "images": batch.images, "labels": batch.labels, "loss": loss}
             ctx.step |= {"image_features": image_features, "text_features": text_features}
             extra_loss = self.method.extra_loss(ctx)
             if extra_loss is not None:
@@ -140,30 +156,56 @@ class Trainer:
             self.method.after_step(ctx)
 
             losses.append(loss.detach())
-            if iteration % self.config.log_every == 0 or iteration == config.iterations - 1:
+            if iteration % self.config.log_every == 0 or iteration == iterations - 1:
                 self._log(ctx, losses)
                 losses.clear()
 
         ranks = self.method.end_task(ctx)
         if ranks is not None:
-            rows = [RankEntry(number, row.name, config.rank, row.active_rank, row.delta_norm) for row in ranks.rows]
+            rank = getattr(config, "rank", 0)
+            rows = [RankEntry(number, row.name, rank, row.active_rank, row.delta_norm) for row in ranks.rows]
             self.record.ranks.extend(rows)
         if self._run and self.config.keeps_checkpoint(number, len(self.stream)):
             self._run.save_checkpoint(number, model)
 
-    def _context(self, number: int, task: Task) -> TaskContext:
-        seen_classes = sum(len(earlier.classes) for earlier in self.stream.tasks[: number - 1])
-        journal = self._run.journal if self._run else None
-        return TaskContext(self.model, task, number, self.config.seed, seen_classes, journal)
+    def _context(self, number: int, task: Task, data: Dataset) -> TaskContext:
+        earlier = self.stream.tasks[: number - 1]
+        return TaskContext(
+            self.model,
+            task,
+            number,
+            self.config.seed,
+            seen_classes=sum(len(task.classes) for task in earlier),
+            journal=self._run.journal if self._run else None,
+            earlier=earlier,
+            train=data,
+            reference=self.stream.reference,
+            tokenizer=self.tokenizer,
+            device=self.device,
+        )
 
     def _evaluate(self, what: str, known: Evaluation | None = None) -> Evaluation:
-        batch_size = self.config.eval_batch_size
-        result = known or evaluate(self.model, self.tokenizer, self.stream, batch_size=batch_size)
-        self.record.add(result.own, result.union, result.held_out)
+        with self._seconds("evaluate"):
+            result = known or evaluate(
+                self.model,
+                self.tokenizer,
+                self.stream,
+                batch_size=self.config.eval_batch_size,
+                model_for=self.method.evaluation_model if self.method.per_dataset else None,
+            )
+            drift = self._drift.norm(self.model)
+        self.record.add(result.own, result.union, result.held_out, drift)
         if self._run:
-            self._run.write_record(self.record)
+            self._run.write_record(self.record, seconds=self._spent)
         self._progress.line(f"{what}: {self.record.summary()}")
         return result
+
+    @contextlib.contextmanager
+    def _seconds(self, what: str) -> Iterator[None]:
+        """Wall time of the block, added up under `what` for the manifest."""
+        start = time.perf_counter()
+        yield
+        self._spent[what] = round(self._spent[what] + time.perf_counter() - start, 3)
 
     def _log(self, ctx: TaskContext, losses: list[Tensor]) -> None:
         """One line with the mean loss since the last one; read here, so a GPU is waited for once in log_every steps."""
@@ -177,9 +219,10 @@ class Trainer:
                 )
         loss = sum(values) / len(values)
         lr, active_rank = optimizer.param_groups[0]["lr"], self.method.active_rank(ctx.model)
+        kappa = self.method.kappa(iteration)
         if self._run:
-            self._run.append_log([(ctx.number, iteration, loss, lr, optimizer.kappa, active_rank)])
-        self._progress.step(iteration + 1, loss=loss, kappa=optimizer.kappa, rank=active_rank)
+            self._run.append_log([(ctx.number, iteration, loss, lr, kappa, active_rank)])
+        self._progress.step(iteration + 1, loss=loss, kappa=kappa, rank=active_rank)
 
     def _finish(self, status: str, error: BaseException | None = None) -> None:
         if self._run:

@@ -13,6 +13,7 @@ def test_published_defaults():
         "iterations": 500,
         "batch_size": 64,
         "lr": 5e-4,
+        "merge_scale": 1.0,
         "targets": ["q", "k", "v", "out", "fc1", "fc2"],
         "where": "all",
         "kappa_max": 0.005,
@@ -78,7 +79,7 @@ def test_unknown_method_names_the_nearest():
 
 
 def test_unknown_option_names_the_nearest():
-    with pytest.raises(ValueError, match="option of method lora is 'rnk'; accepted: rank, .* Did you mean 'rank'"):
+    with pytest.raises(ValueError, match="option of method lora is 'rnk'; accepted: .*rank, .* Did you mean 'rank'"):
         method_config("lora", rnk=4)
 
 
@@ -88,3 +89,14 @@ def test_a_method_does_not_take_another_ones_option():
     with pytest.raises(ValueError, match="option of method zero_shot is 'rank'; accepted: \\(none\\)"):
         method_config("zero_shot", rank=4)
     assert isinstance(method_config("zero_shot"), ZeroShotConfig)
+
+
+def test_help_of_an_option_is_that_of_the_class_which_has_it():
+    documented = [line.split(":")[0].strip() for line in CoDyRAConfig.__doc__.splitlines() if line.startswith(" " * 8)]
+    assert documented == [field.name for field in dataclasses.fields(CoDyRAConfig)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_option_is_documented(name):
+    for field in dataclasses.fields(CONFIGS[name]):
+        assert f"        {field.name}: " in CONFIGS[name].__doc__ or f", {field.name}: " in CONFIGS[name].__doc__

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from fastlora.continual.stream import InMemoryImages, Task, TaskStream
+from fastlora.continual.stream import InMemoryImages, Reference, Task, TaskStream
 
 
 def images(n=4, classes=2):
@@ -135,3 +135,22 @@ def test_stream_refuses():
 def test_duplicate_classes_are_listed():
     stream = TaskStream("s", [task("a"), task("b", classes=("dog", "fox"))])
     assert stream.duplicate_classes() == {"dog": ("a", "b")}
+
+
+def test_everything_at_once_or_task_by_task(stream):
+    sizes = [len(data) for data in stream.open_all()]
+    assert sizes == [24, 32, 16]
+    for index in range(3):
+        with pytest.raises(RuntimeError, match="is closed"):
+            stream.open_task(index)
+
+
+def test_all_tasks_are_not_handed_out_once_one_was_opened(stream):
+    stream.open_task(0)
+    with pytest.raises(RuntimeError, match="at once or task by task. Build the stream anew"):
+        stream.open_all()
+
+
+def test_reference_needs_texts(stream):
+    with pytest.raises(ValueError, match="texts of the reference data is empty"):
+        Reference(stream.open_task(0), ())

@@ -158,6 +158,23 @@ def test_lora_keeps_every_rank_and_every_gate_at_one(clip, tokenizer, stream, tm
     assert len(gates) == MODULES and all(torch.equal(gate, torch.ones(3)) for gate in gates)
 
 
+def test_merge_scale_merges_a_share_and_the_journal_holds_it(make_clip, tokenizer, make_task, tmp_path):
+    merged = {}
+    for scale in (1.0, 0.25):
+        model, base = make_clip(), make_clip()
+        config = LoRAConfig(rank=4, iterations=6, batch_size=16, lr=1e-2, merge_scale=scale)
+        stream = TaskStream("one", [make_task("red", 3)])
+        Trainer(model, tokenizer, stream, config, out=tmp_path / f"{scale}", progress=False).fit()
+        merged[scale] = {key: value - plain_state(base)[key] for key, value in plain_state(model).items()}
+        restore(base, read_run(tmp_path / f"{scale}"), 1)
+        assert_same_state(base.state_dict(), model.state_dict())
+    for key, whole in merged[1.0].items():
+        torch.testing.assert_close(merged[0.25][key], 0.25 * whole, rtol=1e-4, atol=1e-6)
+    drifts = [read_run(tmp_path / name).record.drift for name in ("1.0", "0.25")]
+    assert drifts[0][0] == drifts[1][0] == 0
+    assert drifts[1][1] == pytest.approx(0.25 * drifts[0][1], rel=1e-4)
+
+
 def test_everything_may_be_pruned(clip, tokenizer, stream, tmp_path):
     """A threshold beyond every gate: rank 0 everywhere, nothing learned, no weight changed, and a readable run."""
     before = plain_state(clip)

@@ -1,18 +1,22 @@
-"""What a method is to the trainer: four hooks and a threshold; and the adapter life cycle that most methods share."""
+"""What a method is to the trainer: a few hooks; and the adapter life cycle that most methods share."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import fastlora
 from fastlora.adapt import RankReport
 from fastlora.continual.batches import generator_for
-from fastlora.continual.config import LoRAConfig, MethodConfig
-from fastlora.continual.stream import Task
+from fastlora.continual.config import MethodConfig
+from fastlora.continual.configs.base import AdapterConfig
+from fastlora.continual.stream import Reference, Task
 from fastlora.journal import Journal
 from fastlora.optim import ProxAdamW
 
@@ -30,6 +34,11 @@ class TaskContext:
         journal: takes the task's adapters; None when nothing is kept.
         optimizer: steps and anneals; the lr of each of its groups is the one at the first step of the task.
         step: iteration (from 0), images, labels, image_features, text_features and loss of the step in work.
+        earlier: the tasks before this one (names, classes and templates; their training data is gone).
+        train: training data of the current task, for methods that look at it before the first step.
+        reference: the stream's images and texts of no task; None where it has none.
+        tokenizer: list of texts -> [n, context] integers.
+        device: of the model.
     """
 
     model: nn.Module
@@ -40,13 +49,29 @@ class TaskContext:
     journal: Journal | None = None
     optimizer: Any = None
     step: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[Task, ...] = ()
+    train: Dataset | None = None
+    reference: Reference | None = None
+    tokenizer: Any = None
+    device: torch.device = torch.device("cpu")
 
 
 class Method:
-    """A method that does not train. `config_class` names its options; subclasses override hooks."""
+    """A method that does not train. `config_class` names its options; subclasses override hooks.
+
+    Attributes:
+        trains: whether there is anything to train.
+        joint: trains on the data of all tasks at once, in place of the first task; nothing is trained after it.
+        journaled: the model after a task follows from the base model and the adapters in the journal. Where it does
+            not, a run keeps the weights.
+        per_dataset: `evaluation_model` gives other models to other data sets.
+    """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     trains: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    journaled: ClassVar[bool] = True
+    per_dataset: ClassVar[bool] = False
 
     def __init__(self, config: Any, *, backend: str = "auto") -> None:
         if not isinstance(config, self.config_class):
@@ -60,9 +85,9 @@ class Method:
     def begin_task(self, ctx: TaskContext) -> None:
         """Before the first step: make the model trainable and set ctx.optimizer."""
 
-    def kappa(self, iteration: int) -> float:
-        """Threshold of the proximal step after the optimizer step of `iteration` (from 0)."""
-        return 0.0
+    def kappa(self, iteration: int) -> float | None:
+        """Threshold of the proximal step after the optimizer step of `iteration` (from 0); None without such a step."""
+        return None
 
     def extra_loss(self, ctx: TaskContext) -> Tensor | None:
         """A 0-d term that is added to the loss of a step, or None."""
@@ -86,6 +111,18 @@ class Method:
     def abandon(self, model: nn.Module) -> None:
         """A task was cut short: leave the plain model as it was before the task."""
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What later tasks need beside the model: nothing of the images, so that no old data hides in a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave after the last finished task."""
+
+    @contextlib.contextmanager
+    def evaluation_model(self, model: nn.Module, index: int) -> Iterator[nn.Module]:
+        """The model that data set `index` (from 0) is tested with; `model` itself unless `per_dataset`."""
+        yield model
+
 
 class AdapterMethod(Method):
     """One fresh adapter per task in every target, merged at the end of the task.
@@ -93,12 +130,18 @@ class AdapterMethod(Method):
     Between tasks the model is the plain one: what is evaluated and saved is what a user gets, without any adapter.
     """
 
-    config_class = LoRAConfig
+    config_class = AdapterConfig
     trains = True
     prox = "exact"
     gate_init = "normal"
 
     def begin_task(self, ctx: TaskContext) -> None:
+        self.inject(ctx)
+        self.choose_trainable(ctx.model)
+        ctx.optimizer = self.optimizer(ctx.model)
+
+    def inject(self, ctx: TaskContext) -> None:
+        """Adapters into the plain model, drawn from the streams of this seed and task."""
         config = self.config
         fastlora.inject(
             ctx.model,
@@ -111,13 +154,18 @@ class AdapterMethod(Method):
         generator = generator_for(ctx.seed, "adapters", ctx.number)
         for _, adapter in fastlora.adapters(ctx.model):
             adapter.reset_adapter_(generator)
-        self.choose_trainable(ctx.model)
-        ctx.optimizer = ProxAdamW(ctx.model, lr=config.lr, operator=self.prox)
 
     def choose_trainable(self, model: nn.Module) -> None:
         """Freeze what this method does not train; all of lora_a, lora_b and gate train by default."""
 
+    def optimizer(self, model: nn.Module) -> ProxAdamW:
+        return ProxAdamW(model, lr=self.config.lr, operator=self.prox)
+
+    def kappa(self, iteration: int) -> float | None:
+        return 0.0
+
     def end_task(self, ctx: TaskContext) -> RankReport:
+        self.scale(ctx.model)
         report = fastlora.rank_report(ctx.model)
         fastlora.prune(ctx.model)
         if ctx.journal is not None:
@@ -126,6 +174,13 @@ class AdapterMethod(Method):
         fastlora.merge(ctx.model)
         fastlora.remove(ctx.model)
         return report
+
+    @torch.no_grad()
+    def scale(self, model: nn.Module) -> None:
+        """merge_scale acts on lora_b, so that the journal holds what is merged."""
+        if self.config.merge_scale != 1.0:
+            for _, adapter in fastlora.adapters(model):
+                adapter.lora_b.mul_(self.config.merge_scale)
 
     def active_rank(self, model: nn.Module) -> float:
         gates = [adapter.gate.detach() for _, adapter in fastlora.adapters(model)]

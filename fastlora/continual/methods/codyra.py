@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from fastlora.continual.annealing import cosine
-from fastlora.continual.config import CoDyRAConfig
+from fastlora.continual.configs.gated import CoDyRAConfig
 from fastlora.continual.methods.base import AdapterMethod, TaskContext
 from fastlora.optim import KappaSchedule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 import fastlora
-from fastlora.continual.config import LoRAConfig
+from fastlora.continual.configs.gated import LoRAConfig
 from fastlora.continual.methods.base import AdapterMethod
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlora.continual.config import ZeroShotConfig
+from fastlora.continual.configs.zero_shot import ZeroShotConfig
 from fastlora.continual.methods.base import Method
 
 

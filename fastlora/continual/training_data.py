@@ -1,0 +1,70 @@
+"""What each step of a task trains on: a batch, and the prompts of the task that it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastlora.continual.batches import batches
+from fastlora.continual.stream import Task, TaskStream
+from fastlora.continual.text import cut_context
+
+
+class Batch(NamedTuple):
+    """Images [B, 3, H, W], labels [B] and prompt tokens [C, L] of one task, on the device; source counts from 0."""
+
+    images: Tensor
+    labels: Tensor
+    prompts: Tensor
+    source: int
+
+
+class TrainingData:
+    """Batches without end, of one task, or of several in turn.
+
+    Args:
+        tasks: where the classes and the prompts come from.
+        data: their training data, in the same order.
+        numbers: their numbers in the stream, from 1; the order of a task's images follows from its number.
+        model, tokenizer: for the prompts, which are cut to the longest of their task.
+    """
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        data: list[Dataset],
+        numbers: list[int],
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._batches = [batches(part, batch_size, seed, number) for part, number in zip(data, numbers)]
+        self._prompts = [prompts(task, model, tokenizer).to(device) for task in tasks]
+
+    def __len__(self) -> int:
+        """Number of tasks that take turns."""
+        return len(self._batches)
+
+    def batch(self, iteration: int) -> Batch:
+        """The next batch; iterations count up from 0."""
+        source = iteration % len(self)
+        images, labels = (part.to(self._device) for part in next(self._batches[source]))
+        return Batch(images, labels, self._prompts[source], source)
+
+
+def prompts(task: Task, model: Any, tokenizer: Any) -> Tensor:
+    """[C, L]: the training prompt of every class, cut after the longest."""
+    return cut_context(model, tokenizer([task.templates[0].format(name) for name in task.classes]))
+
+
+def open_data(stream: TaskStream, number: int, joint: bool) -> tuple[list[Task], list[Dataset], list[int]]:
+    """(tasks, their training data, their numbers): of task `number` alone, or of all."""
+    if joint:
+        return list(stream.tasks), stream.open_all(), list(range(1, len(stream) + 1))
+    return [stream.tasks[number - 1]], [stream.open_task(number - 1)], [number]
