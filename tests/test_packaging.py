@@ -295,5 +295,8 @@ def test_extension_holds_code_for_every_promised_architecture():
     for registers, stack, shared, local in kernels:
         # two blocks of 256 threads an SM; stack and local memory would be spilled registers
         assert int(registers) <= 128 and int(shared) <= 48 * 1024 and (stack, local) == ("0", "0")
+    functions = run([cuobjdump(), "-sass", fastlora._C.__file__], ROOT).stdout.split("Function :")[1:]
+    assert len(functions) == len(kernels)
+    assert all(re.search(r"HMMA\S*TF32", code) for code in functions), "no tensor cores above the rank that needs them"
     if "120" in info["cuda_archs"].replace(",", ";").split(";"):
         assert "sm_120" in run([cuobjdump(), "--list-ptx", fastlora._C.__file__], ROOT).stdout
