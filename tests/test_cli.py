@@ -132,8 +132,8 @@ def test_config_of_a_run_can_be_read_back(capsys, tmp_path, no_plots):
     [
         (["--method.rnk", "4"], r"option is '--method.rnk'; accepted: .* Did you mean '--method.rank'\?"),
         (["--sed=4"], "option is '--sed'; .* Did you mean '--seed'"),
-        (["--method", "codira"], "method is 'codira'; accepted: codyra, lora, zero_shot. Did you mean 'codyra'"),
-        (["--benchmark", "demmo"], "benchmark is 'demmo'; accepted: demo, tiny. Did you mean 'demo'"),
+        (["--method", "codira"], "method is 'codira'; accepted: codyra, .*Did you mean 'codyra'"),
+        (["--benchmark", "demmo"], "benchmark is 'demmo'; accepted: demo, .*Did you mean 'demo'"),
         (["--method", "lora", "--method.kappa_max", "1"], "option is '--method.kappa_max'"),
         (["--method.rank", "0"], "rank is 0; it must be an integer >= 1"),
         (

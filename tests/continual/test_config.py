@@ -72,9 +72,7 @@ def test_bad_value(options, message):
 
 
 def test_unknown_method_names_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"method is 'codira'; accepted: codyra, lora, zero_shot. Did you mean 'codyra'\?"
-    ):
+    with pytest.raises(ValueError, match=r"method is 'codira'; accepted: codyra, .*Did you mean 'codyra'\?"):
         method_config("codira")
 
 

@@ -2,6 +2,7 @@
 
 Each task shows known concepts in a way that pretraining never saw. Training shots depend on the seed, test sets never
 do; every (seed, task, split) has a random stream of its own, so no task depends on which others were made before it.
+Validation sets stand in for the test sets, the held-out one included, where options are chosen.
 """
 
 from __future__ import annotations
@@ -122,22 +123,26 @@ _ENLARGED = 20  # from 8 px: about the size of the printed digits
 _FRAME = (SIZE - _ENLARGED) // 2
 
 
-def _generator(name: str, seed: int | None) -> np.random.Generator:
-    """The stream of a task's test set (seed None) or of its training shots."""
-    key = (zlib.crc32(name.encode()), 0 if seed is None else 1, seed or 0)
+SPLITS = ("test", "validation")
+
+
+def _generator(name: str, seed: int | str) -> np.random.Generator:
+    """The stream of a task's test or validation set, or that of its training shots with a seed."""
+    kind = {"test": 0, "validation": 2}.get(seed, 1) if isinstance(seed, str) else 1
+    key = (zlib.crc32(name.encode()), kind, 0 if isinstance(seed, str) else seed)
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
-def _render(spec: _Rendered, per_class: int, seed: int | None) -> InMemoryImages:
+def _render(spec: _Rendered, per_class: int, seed: int | str) -> InMemoryImages:
     rng = _generator(spec.name, seed)
     scenes = [spec.scene(name, rng) for name in spec.classes for _ in range(per_class)]
     labels = torch.arange(len(spec.classes)).repeat_interleave(per_class)
     return InMemoryImages(normalise(render(scenes, rng, spec.look)), labels)
 
 
-def _rendered_task(spec: _Rendered, shots: int, seed: int) -> Task:
+def _rendered_task(spec: _Rendered, shots: int, seed: int, split: str) -> Task:
     train = _render(spec, shots, seed) if shots else None
-    return Task(spec.name, spec.classes, spec.templates, train, _render(spec, spec.per_class, None))
+    return Task(spec.name, spec.classes, spec.templates, train, _render(spec, spec.per_class, split))
 
 
 def _handwritten() -> tuple[np.ndarray, np.ndarray]:
@@ -154,12 +159,14 @@ def _handwritten() -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(framed[..., None], 3, axis=3), data.target
 
 
-def _digit_task(shots: int, seed: int) -> Task:
+def _digit_task(shots: int, seed: int, split: str) -> Task:
     pixels, target = _handwritten()
-    fixed, drawn = _generator(DIGIT_NAME, None), _generator(DIGIT_NAME, seed)
+    fixed, drawn = _generator(DIGIT_NAME, "test"), _generator(DIGIT_NAME, seed)
     test, train = [], []
     for digit in range(len(DIGITS)):
         order = fixed.permutation(np.flatnonzero(target == digit))
+        if split == "validation":
+            order = order[DIGIT_TEST_PER_CLASS:]  # none of the test images, neither to train on nor to choose by
         test.append(order[:DIGIT_TEST_PER_CLASS])
         train.append(drawn.choice(order[DIGIT_TEST_PER_CLASS:], shots, replace=False))
 
@@ -171,12 +178,13 @@ def _digit_task(shots: int, seed: int) -> Task:
     return Task(DIGIT_NAME, classes, DIGIT_TEMPLATES, dataset(train), dataset(test))
 
 
-def demo_stream(seed: int = 0, shots: int = 16) -> TaskStream:
+def demo_stream(seed: int = 0, shots: int = 16, split: str = "test") -> TaskStream:
     """The embedded benchmark: six tasks with `shots` training images per class, and the held-out set.
 
     Args:
         seed: chooses the training images, not negative. Test sets are the same for every seed.
-        shots: training images per class, 1 to 140.
+        shots: training images per class, 1 to 110.
+        split: evaluate on the "test" sets, or on the "validation" sets, to choose options by.
     Returns:
         TaskStream of outlines (12 classes), digits (10), textures (6), letters (10), colour cast (10), counting (4);
         images are float32 [3, 32, 32]. The same arguments and library versions give the same bytes.
@@ -185,11 +193,14 @@ def demo_stream(seed: int = 0, shots: int = 16) -> TaskStream:
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be 0 or more. Give another seed.")
-    if not 1 <= shots <= 140:
-        raise ValueError(f"shots is {shots}; the handwritten digits allow 1 to 140 per class. Give fewer shots.")
+    if not 1 <= shots <= 110:
+        raise ValueError(f"shots is {shots}; the handwritten digits allow 1 to 110 per class. Give fewer shots.")
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}.")
     tasks = (
-        _rendered_task(SHAPE_TASK, shots, seed),
-        _digit_task(shots, seed),
-        *(_rendered_task(spec, shots, seed) for spec in (TEXTURE_TASK, LETTER_TASK, CAST_TASK, COUNT_TASK)),
+        _rendered_task(SHAPE_TASK, shots, seed, split),
+        _digit_task(shots, seed, split),
+        *(_rendered_task(spec, shots, seed, split) for spec in (TEXTURE_TASK, LETTER_TASK, CAST_TASK, COUNT_TASK)),
     )
-    return TaskStream("demo", tasks, _rendered_task(HELD_OUT, 0, seed))
+    name = "demo" if split == "test" else f"demo_{split}"
+    return TaskStream(name, tasks, _rendered_task(HELD_OUT, 0, seed, split))

@@ -79,7 +79,7 @@ def test_no_test_image_is_among_the_shots(stream, shots):
 
 
 def test_a_task_does_not_depend_on_the_others(stream):
-    alone = tasks._rendered_task(tasks.COUNT_TASK, 16, 0)
+    alone = tasks._rendered_task(tasks.COUNT_TASK, 16, 0, "test")
     assert torch.equal(alone.test.images, stream.tasks[5].test.images)
 
 
@@ -99,8 +99,8 @@ def test_digits_are_the_handwritten_ones(stream):
 def test_shots(stream):
     few = demo_stream(seed=0, shots=1)
     assert [len(data) for data in training(few)] == [12, 10, 6, 10, 10, 4]
-    for shots in (0, 141):
-        with pytest.raises(ValueError, match=f"shots is {shots}; the handwritten digits allow 1 to 140"):
+    for shots in (0, 111):
+        with pytest.raises(ValueError, match=f"shots is {shots}; the handwritten digits allow 1 to 110"):
             demo_stream(shots=shots)
     with pytest.raises(ValueError, match="seed is -1; it must be 0 or more"):
         demo_stream(seed=-1)
@@ -117,3 +117,21 @@ def test_zero_shot_starts_between_chance_and_ceiling(stream):
     assert recorded.keys() == accuracy.keys()
     # other versions of the renderer or of BLAS may move a few pictures across a boundary
     assert all(abs(accuracy[name] - recorded[name]) < 3 for name in recorded)
+
+
+def test_validation_sets_share_no_image_with_test_sets_or_shots(stream):
+    validation = demo_stream(seed=0, split="validation")
+    assert validation.name == "demo_validation"
+    for task, other in zip((*stream.tasks, stream.held_out), (*validation.tasks, validation.held_out), strict=True):
+        assert (other.classes, other.templates) == (task.classes, task.templates)
+        assert torch.equal(other.test.labels, task.test.labels)
+    seen = {image.numpy().tobytes() for task in (*stream.tasks, stream.held_out) for image in task.test.images}
+    shots = {image.numpy().tobytes() for data in training(validation) for image in data.images}
+    new = [image.numpy().tobytes() for task in (*validation.tasks, validation.held_out) for image in task.test.images]
+    # two swatches of one colour and texture may be the same picture; nothing else is
+    assert len(seen & set(new)) <= 0.005 * len(new) and not shots & set(new)
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="split is 'train'; accepted: test, validation"):
+        demo_stream(split="train")
