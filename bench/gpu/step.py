@@ -32,12 +32,12 @@ def step(run: Context) -> None:
     model.requires_grad_(False)
     run.put("model", which)
     run.put("sizes", sizes._asdict())
-    batch = _batch(run, sizes)
+    batch = make_batch(run, sizes)
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        "ours bf16 autocast": lambda: _ours(run, model, sizes, batch, autocast=True),
-        "ours bf16 base": lambda: _ours(run, model, sizes, batch, autocast=False),
-        "released bf16 autocast": lambda: _released(run, model, sizes, batch, autocast=True),
-        "released float32": lambda: _released(run, model, sizes, batch, autocast=False),
+        "ours bf16 autocast": lambda: ours(run, model, sizes, batch, autocast=True),
+        "ours bf16 base": lambda: ours(run, model, sizes, batch, autocast=False),
+        "released bf16 autocast": lambda: released(run, model, sizes, batch, autocast=True),
+        "released float32": lambda: released(run, model, sizes, batch, autocast=False),
     }
     steps: dict[str, Callable[[], Tensor]] = {}
     for name, make in makers.items():
@@ -85,7 +85,7 @@ class Batch(NamedTuple):
     tokens: Tensor
 
 
-def _batch(run: Context, s: Sizes) -> Batch:
+def make_batch(run: Context, s: Sizes) -> Batch:
     """Prompts of "a photo of a ...": 4 to 14 tokens, end of text (the largest id), then padding."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(s.images, 3, s.image, s.image, generator=generator)
@@ -106,7 +106,7 @@ def contrastive(image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), targets)
 
 
-def _ours(run: Context, plain: nn.Module, s: Sizes, batch: Batch, *, autocast: bool) -> Callable[[], Tensor]:
+def ours(run: Context, plain: nn.Module, s: Sizes, batch: Batch, *, autocast: bool) -> Callable[[], Tensor]:
     model = copy.deepcopy(plain).to(run.device)
     if not autocast:
         model = model.to(run.dtype)
@@ -129,7 +129,7 @@ def _text_encoder(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda tokens: encode_text(model, tokens)
 
 
-def _released(run: Context, plain: nn.Module, s: Sizes, batch: Batch, *, autocast: bool) -> Callable[[], Tensor]:
+def released(run: Context, plain: nn.Module, s: Sizes, batch: Batch, *, autocast: bool) -> Callable[[], Tensor]:
     model: Any = copy.deepcopy(plain).to(run.device)
     layers = adapt_as_released(model, s.rank)
     parameters = [p for layer in layers for p in (layer.lora_A, layer.lora_B, layer.gate)]

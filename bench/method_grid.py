@@ -1,0 +1,27 @@
+"""Which methods the comparison on the embedded benchmark runs, with which options, at which learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ADAPTER_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
+FULL_LRS = (1e-5, 3e-5, 1e-4, 3e-4)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: what it is called, the method, its options, and the option whose value is to be chosen."""
+
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    vary: str = "lr"
+    values: tuple[float, ...] = ADAPTER_LRS
+
+
+GRID = (
+    Entry("zero-shot", "zero_shot", values=()),
+    *(Entry(f"LoRA r={rank}", "lora", {"rank": rank}) for rank in (64, 16, 4, 1)),
+    Entry("CoDyRA", "codyra"),
+)
