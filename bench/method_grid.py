@@ -25,3 +25,19 @@ GRID = (
     *(Entry(f"LoRA r={rank}", "lora", {"rank": rank}) for rank in (64, 16, 4, 1)),
     Entry("CoDyRA", "codyra"),
 )
+
+_SCALES = (0.35, 0.5, 0.75, 1.0)
+_EIGHT = {"rank": 8}
+
+# curves to look at on validation sets
+EXPLORED = (
+    Entry("LoRA r=16 x alpha", "lora", {"rank": 16}, "merge_scale", _SCALES),
+    Entry("LoRA r=8 x alpha", "lora", _EIGHT, "merge_scale", _SCALES),
+    Entry("LoRA r=4 x alpha", "lora", {"rank": 4}, "merge_scale", _SCALES),
+    Entry("LoRA r=8 vision x alpha", "lora", _EIGHT | {"where": "vision"}, "merge_scale", _SCALES),
+    Entry("LoRA r=8 text x alpha", "lora", _EIGHT | {"where": "text"}, "merge_scale", _SCALES),
+    Entry("LoRA r=8 attention x alpha", "lora", _EIGHT | {"targets": ("q", "k", "v", "out")}, "merge_scale", _SCALES),
+    Entry("LoRA r=8 feed-forward x alpha", "lora", _EIGHT | {"targets": ("fc1", "fc2")}, "merge_scale", _SCALES),
+    Entry("CoDyRA x alpha", "codyra", {}, "merge_scale", _SCALES),
+)
+RULES = EXPLORED

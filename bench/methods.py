@@ -13,112 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from method_grid import GRID, Entry
+from method_runs import COLUMNS, Job, figures_of, number, run_all, spread
 
 SWEEP_SEED = 100  # no seed of the table
-COLUMNS = (
-    ("learning", "Learning"),
-    ("forgetting", "Forgetting"),
-    ("last", "Last"),
-    ("average", "Average"),
-    ("transfer", "Transfer"),
-    ("held_out", "Held-out"),
-    ("mean_rank", "Kept rank"),
-)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: an entry with one of its values (None where it has none) and a seed."""
-
-    entry: Entry
-    benchmark: str
-    value: float | None
-    seed: int
-
-    def path(self, runs: Path) -> Path:
-        value = "" if self.value is None else f"-{self.entry.vary}{self.value:g}"
-        label = self.entry.label.replace(" ", "_").replace("/", "_")
-        return runs / f"{self.benchmark}-{label}{value}-seed{self.seed}"
-
-    def config(self) -> Any:
-        """The method's options: its defaults, the benchmark's, the entry's, the value."""
-        from fastlora.continual.benchmarks import benchmark
-        from fastlora.continual.config import CONFIGS
-
-        config = CONFIGS[self.entry.method]
-        value = {} if self.value is None else {self.entry.vary: self.value}
-        return config(**(benchmark(self.benchmark).preset(config) | self.entry.options | value))
-
-
-def train(job: Job, runs: Path) -> str:
-    """Train, unless a finished run of the same settings is there."""
-    import torch
-
-    from fastlora.continual import Trainer
-    from fastlora.continual.benchmarks import benchmark
-    from fastlora.continual.config import RunConfig
-
-    torch.set_num_threads(1)
-    path, config = job.path(runs), job.config()
-    if finished(path, config):
-        return f"{path.name} is there"
-    shutil.rmtree(path, ignore_errors=True)
-    run = RunConfig(benchmark=job.benchmark, method=config, seed=job.seed)
-    loaded = benchmark(job.benchmark).load(run)
-    Trainer(*loaded, config, seed=job.seed, out=path, checkpoints="none", progress=False).fit()
-    return f"{path.name}: {_line(figures_of(path))}"
-
-
-def finished(path: Path, config: Any) -> bool:
-    """Whether `path` holds a finished run with this method's options."""
-    import yaml
-
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        method = yaml.safe_load((path / "config.yaml").read_text())["method"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return manifest["status"] == "finished" and method == config.as_dict()
-
-
-def figures_of(path: Path) -> dict[str, Any]:
-    """Both label spaces' figures, the held-out curve, the tables and the seconds of a run."""
-    metrics = json.loads((path / "metrics.json").read_text())
-    manifest = json.loads((path / "manifest.json").read_text())
-    keys = [key for key, _ in COLUMNS]
-    return {
-        "own": {key: metrics[key] for key in keys},
-        "union": {key: metrics["union"][key] for key in keys},
-        "held_out_curve": metrics["held_out_curve"],
-        "learned": metrics["per_dataset"].get("learning"),
-        "seconds": manifest["seconds"],
-    }
-
-
-def run_all(jobs: list[Job], runs: Path, processes: int) -> None:
-    """Each job in one of `processes` single-threaded processes; a failure is told at the end and loses nothing else."""
-    runs.mkdir(parents=True, exist_ok=True)
-    failed = []
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(train, job, runs): job for job in jobs}
-        for number, future in enumerate(as_completed(futures), start=1):
-            try:
-                print(f"[{number}/{len(jobs)}] {future.result()}", flush=True)
-            except Exception as error:
-                failed.append(futures[future])
-                print(f"[{number}/{len(jobs)}] {futures[future].path(runs).name} FAILED: {error}", flush=True)
-    if failed:
-        sys.exit(f"{len(failed)} of {len(jobs)} runs failed")
 
 
 def sweep_jobs(entries: list[Entry]) -> list[Job]:
@@ -157,7 +59,7 @@ def gather(entries: list[Entry], runs: Path, seeds: list[int]) -> dict[str, Any]
             "value": value,
         }
         row["sweep"] = {f"{tried}": figures_of(path)["own"] for tried, path in sweep.items()}
-        row |= {space: _spread([figures[space] for figures in done]) for space in ("own", "union")}
+        row |= {space: spread([figures[space] for figures in done]) for space in ("own", "union")}
         row["seconds"] = statistics.fmean(sum(figures["seconds"].values()) for figures in done)
         row["evaluation_share"] = statistics.fmean(
             figures["seconds"]["evaluate"] / sum(figures["seconds"].values()) for figures in done
@@ -167,16 +69,6 @@ def gather(entries: list[Entry], runs: Path, seeds: list[int]) -> dict[str, Any]
     from fastlora.continual.manifest import versions
 
     return {"command": "python bench/methods.py", "seeds": seeds, "versions": versions(), "rows": rows}
-
-
-def _spread(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figure -> mean and sample standard deviation over the seeds, None where it is undefined."""
-    spread = {}
-    for key, _ in COLUMNS:
-        values = [figure[key] for figure in figures if figure[key] is not None]
-        mean = statistics.fmean(values) if values else None
-        spread[key] = {"mean": mean, "sd": statistics.stdev(values) if len(values) > 1 else None}
-    return spread
 
 
 def table(result: dict[str, Any], space: str) -> str:
@@ -195,22 +87,14 @@ def sweep_table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         for rate, figures in row["sweep"].items():
             if rate != "None":
-                cells = [_number(figures[key]) for key in ("learning", "forgetting", "average", "held_out")]
+                cells = [number(figures[key]) for key in ("learning", "forgetting", "average", "held_out")]
                 mark = "**" if float(rate) == row["value"] else ""
                 lines.append(" | ".join([row["label"], f"{mark}{float(rate):g}{mark}", *cells]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
 def _cell(figure: dict[str, Any]) -> str:
-    return _number(figure["mean"]) + (f" ± {figure['sd']:.1f}" if figure["sd"] is not None else "")
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _line(figures: dict[str, Any]) -> str:
-    return ", ".join(f"{title} {_number(figures['own'][key])}" for key, title in COLUMNS)
+    return number(figure["mean"]) + (f" ± {figure['sd']:.1f}" if figure["sd"] is not None else "")
 
 
 MARK, END = "<!-- figures -->", "<!-- end of figures -->"

@@ -1,0 +1,156 @@
+"""Learning against forgetting, and against what is held out: each rule over the values of one option.
+
+python bench/frontier.py explore --runs DIR    every rule, one seed, on the validation sets: to see which are worth it
+python bench/frontier.py test --runs DIR       the rules of the page, five seeds, on the test sets
+python bench/frontier.py show --runs DIR --out bench/results/frontier.json --plot docs/frontier.png --docs docs/methods.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from method_grid import EXPLORED, RULES, Entry
+from method_runs import Job, figures_of, number, run_all, spread
+
+EXPLORE_SEED = 100
+FORGETTING = (2.0, 3.5, 5.0, 8.0)  # points at which the curves are read
+MARK, END = "<!-- frontier -->", "<!-- end of frontier -->"
+
+
+def jobs_of(entries: list[Entry], benchmark: str, seeds: list[int]) -> list[Job]:
+    return [Job(entry, benchmark, value, seed) for seed in seeds for entry in entries for value in entry.values]
+
+
+def gather(entries: list[Entry], benchmark: str, runs: Path, seeds: list[int]) -> dict[str, Any]:
+    """Curve of each rule: one point a value, mean and s.d. over the seeds that are all there."""
+    rules = []
+    for entry in entries:
+        points = []
+        for value in entry.values:
+            paths = [Job(entry, benchmark, value, seed).path(runs) for seed in seeds]
+            if all((path / "metrics.json").exists() for path in paths):
+                found = [figures_of(path) for path in paths]
+                points.append({"value": value, **{s: spread([f[s] for f in found]) for s in ("own", "union")}})
+        if points:
+            rules.append(
+                {
+                    "label": entry.label,
+                    "method": entry.method,
+                    "options": entry.options,
+                    "vary": entry.vary,
+                    "points": points,
+                }
+            )
+    from fastlora.continual.manifest import versions
+
+    return {
+        "command": "python bench/frontier.py",
+        "benchmark": benchmark,
+        "seeds": seeds,
+        "versions": versions(),
+        "rules": rules,
+    }
+
+
+def at_forgetting(rule: dict[str, Any], forgetting: float, figure: str) -> float | None:
+    """The figure on the rule's curve where it forgets so much, between two points; None outside of the curve."""
+    points = sorted((point["own"]["forgetting"]["mean"], point["own"][figure]["mean"]) for point in rule["points"])
+    x, y = zip(*points)
+    return float(np.interp(forgetting, x, y)) if x[0] <= forgetting <= x[-1] else None
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: Learning and held-out of each rule at equal forgetting."""
+    head = [f"{title} at {at:g}" for title in ("Learning", "Held-out") for at in FORGETTING]
+    lines = [" | ".join(["Rule", "over", *head]), " | ".join(["---", "---", *["---:"] * len(head)])]
+    for rule in result["rules"]:
+        cells = [number(at_forgetting(rule, at, figure)) for figure in ("learning", "held_out") for at in FORGETTING]
+        lines.append(" | ".join([rule["label"], rule["vary"], *cells]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def points_table(result: dict[str, Any]) -> str:
+    """Markdown: every point."""
+    keys = ("learning", "forgetting", "last", "held_out", "mean_rank")
+    lines = [
+        "Rule | value | Learning | Forgetting | Last | Held-out | Kept rank",
+        "--- | ---: | ---: | ---: | ---: | ---: | ---:",
+    ]
+    for rule in result["rules"]:
+        for point in rule["points"]:
+            cells = [_cell(point["own"][key]) for key in keys]
+            lines.append(" | ".join([rule["label"], f"{point['value']:g}", *cells]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(figure: dict[str, Any]) -> str:
+    return number(figure["mean"]) + (f" ± {figure['sd']:.1f}" if figure["sd"] is not None else "")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Two panels: learning against forgetting, learning against held-out."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from fastlora.continual.plots import OKABE_ITO, STYLE, save
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 5), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, key in zip(panels, ("forgetting", "held_out")):
+            for i, rule in enumerate(result["rules"]):
+                points = sorted(rule["points"], key=lambda point: point["own"]["learning"]["mean"])
+                x, y = ([point["own"][name]["mean"] for point in points] for name in (key, "learning"))
+                errors = [[point["own"][name]["sd"] or 0 for point in points] for name in (key, "learning")]
+                style = {"color": OKABE_ITO[i % 8], "marker": "osD^v<>Ph*"[i % 10], "ls": ("-", "--", ":")[i // 8 % 3]}
+                axes.errorbar(x, y, errors[1], errors[0], ms=4.5, lw=1.3, elinewidth=0.6, label=rule["label"], **style)
+            axes.grid(True)
+        panels[0].set(xlabel="Forgetting (points; left is better)", ylabel="Learning (%; up is better)")
+        panels[1].set(xlabel="Held-out after the stream (%; right is better)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        save(figure, path)
+
+
+def write_docs(result: dict[str, Any], page: Path) -> None:
+    before, _, rest = page.read_text().partition(MARK)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{MARK}\n\n{table(result)}\n\n{points_table(result)}\n\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("explore", "test", "show"))
+    parser.add_argument("--runs", type=Path, required=True, help="where the runs are")
+    parser.add_argument("--only", nargs="+", help="labels of the rules; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--explored", action="store_true", help="show the validation runs of explore")
+    parser.add_argument("--out", type=Path, help="JSON to write (show)")
+    parser.add_argument("--plot", type=Path, help="PNG to draw (show)")
+    parser.add_argument("--docs", type=Path, help="page whose tables are replaced (show)")
+    options = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"  # before the workers import torch
+    exploring = options.what == "explore" or options.explored
+    benchmark, seeds = ("demo_validation", [EXPLORE_SEED]) if exploring else ("demo", options.seeds)
+    rules = [rule for rule in (EXPLORED if exploring else RULES) if not options.only or rule.label in options.only]
+    if options.what != "show":
+        run_all(jobs_of(rules, benchmark, seeds), options.runs, options.processes)
+        return
+    result = gather(rules, benchmark, options.runs, seeds)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        draw(result, options.plot)
+    if options.docs:
+        write_docs(result, options.docs)
+    print(table(result), points_table(result), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

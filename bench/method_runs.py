@@ -1,0 +1,129 @@
+"""Runs of methods on the embedded benchmark, several processes at a time, and their figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from method_grid import Entry
+
+COLUMNS = (
+    ("learning", "Learning"),
+    ("forgetting", "Forgetting"),
+    ("last", "Last"),
+    ("average", "Average"),
+    ("transfer", "Transfer"),
+    ("held_out", "Held-out"),
+    ("mean_rank", "Kept rank"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an entry with one of its values (None where it has none) and a seed."""
+
+    entry: Entry
+    benchmark: str
+    value: float | None
+    seed: int
+
+    def path(self, runs: Path) -> Path:
+        value = "" if self.value is None else f"-{self.entry.vary}{self.value:g}"
+        label = self.entry.label.replace(" ", "_").replace("/", "_")
+        return runs / f"{self.benchmark}-{label}{value}-seed{self.seed}"
+
+    def config(self) -> Any:
+        """The method's options: its defaults, the benchmark's, the entry's, the value."""
+        from fastlora.continual.benchmarks import benchmark
+        from fastlora.continual.config import CONFIGS
+
+        config = CONFIGS[self.entry.method]
+        value = {} if self.value is None else {self.entry.vary: self.value}
+        return config(**(benchmark(self.benchmark).preset(config) | self.entry.options | value))
+
+
+def train(job: Job, runs: Path) -> str:
+    """Train, unless a finished run of the same settings is there."""
+    import torch
+
+    from fastlora.continual import Trainer
+    from fastlora.continual.benchmarks import benchmark
+    from fastlora.continual.config import RunConfig
+
+    torch.set_num_threads(1)
+    path, config = job.path(runs), job.config()
+    if finished(path, config):
+        return f"{path.name} is there"
+    shutil.rmtree(path, ignore_errors=True)
+    run = RunConfig(benchmark=job.benchmark, method=config, seed=job.seed)
+    loaded = benchmark(job.benchmark).load(run)
+    Trainer(*loaded, config, seed=job.seed, out=path, checkpoints="none", progress=False).fit()
+    return f"{path.name}: {line(figures_of(path))}"
+
+
+def finished(path: Path, config: Any) -> bool:
+    """Whether `path` holds a finished run with this method's options."""
+    import yaml
+
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        method = yaml.safe_load((path / "config.yaml").read_text())["method"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return manifest["status"] == "finished" and method == config.as_dict()
+
+
+def figures_of(path: Path) -> dict[str, Any]:
+    """Both label spaces' figures, the held-out curve, the tables and the seconds of a run."""
+    metrics = json.loads((path / "metrics.json").read_text())
+    manifest = json.loads((path / "manifest.json").read_text())
+    keys = [key for key, _ in COLUMNS]
+    return {
+        "own": {key: metrics[key] for key in keys},
+        "union": {key: metrics["union"][key] for key in keys},
+        "held_out_curve": metrics["held_out_curve"],
+        "learned": metrics["per_dataset"].get("learning"),
+        "seconds": manifest["seconds"],
+    }
+
+
+def run_all(jobs: list[Job], runs: Path, processes: int) -> None:
+    """Each job in one of `processes` single-threaded processes; a failure is told at the end and loses nothing else."""
+    runs.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(train, job, runs): job for job in jobs}
+        for count, future in enumerate(as_completed(futures), start=1):
+            try:
+                said = future.result()
+            except Exception as error:
+                failed.append(futures[future])
+                said = f"{futures[future].path(runs).name} FAILED: {error}"
+            print(f"[{count}/{len(jobs)}] {said}", flush=True)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(jobs)} runs failed")
+
+
+def spread(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figure -> mean and sample standard deviation over the seeds, None where it is undefined."""
+    found = {}
+    for key, _ in COLUMNS:
+        values = [figure[key] for figure in figures if figure[key] is not None]
+        mean = statistics.fmean(values) if values else None
+        found[key] = {"mean": mean, "sd": statistics.stdev(values) if len(values) > 1 else None}
+    return found
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def line(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{title} {number(figures['own'][key])}" for key, title in COLUMNS)
