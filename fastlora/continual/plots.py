@@ -1,85 +1,64 @@
-"""The plots of one run, in colours safe for colour-blind readers: cividis, purple-orange, and Okabe-Ito's eight."""
+"""The plots of one run. Heat maps are in cividis and purple-orange, which colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
-import io
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fastlora.continual import plot_texts
+from fastlora.continual.drawing import COLOURS, STYLE, WIDTH, Plot, place_labels, plain, save, task_ticks
+from fastlora.continual.module_plots import delta_heat_map, drift_curve, rank_heat_map, selection_plot
 from fastlora.continual.saved_run import SavedRun
 from fastlora.continual.tables import row_names
-from fastlora.files import write_atomically
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "grid.color": "#e5e5e5",
-    "legend.frameon": False,
-}
 _SPACES = (("own", "own label space"), ("union", "union label space"))
+_SIDE_BY_SIDE = 8  # data sets up to which two heat maps fit beside each other
 
 
-def draw_all(run: SavedRun, folder: Path) -> dict[str, Path]:
-    """Write every plot that the run has data for; title -> file, in the order of reading."""
-    makers = {
-        "Accuracy on every data set after every task (framed: the task just trained)": (
-            "accuracy",
-            accuracy_heat_maps,
-            bool(run.record.own),
-        ),
-        "How each data set fares over the stream": ("forgetting", forgetting_curves, len(run.record.own) > 1),
-        "Components that every module kept": ("ranks", rank_heat_map, bool(run.record.ranks)),
-        "Size of every module's update": ("delta_norm", delta_heat_map, bool(run.record.ranks)),
-        "Training": ("training", training_curves, bool(run.log)),
-    }
-    files = {}
+def draw_all(run: SavedRun, folder: Path) -> list[Plot]:
+    """Write every plot that the run has data for, in the order of reading."""
+    plots = []
     with matplotlib.rc_context(STYLE):
-        for title, (name, maker, has_data) in makers.items():
-            if has_data:
-                files[title] = save(maker(run), folder / f"{name}.png")
-    return files
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Render, then write the file in one step."""
-    FigureCanvasAgg(figure)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=130, bbox_inches="tight", format="png")
-    write_atomically(path, image.getvalue())
-    return path
+        for name, kind in _KINDS.items():
+            if kind.has_data(run):
+                path = save(kind.draw(run), folder / f"{name}.png")
+                title, describe, note = plot_texts.TEXTS[name]
+                plots.append(Plot(title, path, describe(run), note))
+    return plots
 
 
 def accuracy_heat_maps(run: SavedRun) -> Figure:
     """Rows: before training, then after each task; columns: data sets. The frame marks the task just trained."""
-    tasks = run.record.tasks
-    figure = Figure(figsize=(4.4 + 1.15 * len(tasks), 1.6 + 0.42 * len(run.record.own)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    tasks, rows = run.record.tasks, len(run.record.own)
+    stacked = len(tasks) > _SIDE_BY_SIDE
+    width = max(0.6 * WIDTH, min(WIDTH, (2.2 if stacked else 4.4) + (1 if stacked else 2) * 0.62 * len(tasks)))
+    height = 0.9 + 0.36 * rows
+    figure = Figure(figsize=(width, 2 * height if stacked else height + 0.4), layout="constrained")
+    panels = figure.subplots(2, 1) if stacked else figure.subplots(1, 2, sharey=True)
     for axes, (space, title) in zip(panels, _SPACES):
         values = np.array(getattr(run.record, space))
         image = axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         for i, j in np.ndindex(values.shape):
-            axes.text(
-                j, i, f"{values[i, j]:.0f}", ha="center", va="center", color="black" if values[i, j] > 55 else "white"
-            )
+            colour = "black" if values[i, j] > 55 else "white"
+            axes.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=colour)
         for j in range(len(values) - 1):
-            axes.add_patch(
-                matplotlib.patches.Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, ec="#D55E00", lw=2, clip_on=False)
+            frame = matplotlib.patches.Rectangle(
+                (j - 0.5, j + 0.5), 1, 1, fill=False, ec=COLOURS[1], lw=2, clip_on=False
             )
-        axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor")
-        axes.set(title=title, xlabel="data set")
-        _plain(axes)
-    panels[0].set_yticks(range(len(run.record.own)), row_names(tasks, len(run.record.own)))
-    figure.colorbar(image, ax=panels, label="accuracy (%)", shrink=0.9)
+            axes.add_patch(frame)
+        task_ticks(axes, tasks)
+        axes.set_title(title)
+        axes.set_yticks(range(rows), row_names(tasks, rows))
+        plain(axes)
+    if not stacked:
+        panels[1].tick_params(labelleft=False)
+    figure.colorbar(image, ax=panels, label="accuracy (%)", shrink=0.9, aspect=30)
     return figure
 
 
@@ -89,144 +68,105 @@ def forgetting_curves(run: SavedRun) -> Figure:
     names = [*record.tasks, *(["held-out set (never trained)"] if record.held_out else [])]
     columns = min(4, len(names))
     lines = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(2.6 * columns + 0.6, 2.1 * lines + 0.6), layout="constrained")
+    figure = Figure(figsize=(2.5 * columns + 0.5, 1.9 * lines + 0.6), layout="constrained")
     panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
     for j, (axes, name) in enumerate(zip(panels, names)):
         axes.set_title(name)
         axes.grid(True, axis="y")
         if j == len(record.tasks):
-            axes.plot(steps, record.held_out, "o-", color=OKABE_ITO[6], ms=4)
+            axes.plot(steps, record.held_out, "o-", color=COLOURS[6], ms=4)
             continue
-        axes.plot(steps, [row[j] for row in record.own], "o-", color=OKABE_ITO[0], ms=4, label="own label space")
-        axes.plot(steps, [row[j] for row in record.union], "s--", color=OKABE_ITO[1], ms=3.5, label="union label space")
+        axes.plot(steps, [row[j] for row in record.own], "o-", color=COLOURS[0], ms=4, label="own label space")
+        axes.plot(steps, [row[j] for row in record.union], "s--", color=COLOURS[1], ms=3.5, label="union label space")
         axes.axvline(j + 1, color="#999999", lw=1, ls=":", zorder=0, label="trained here")
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes in panels[len(names) - columns : len(names)]:  # the lowest panel of every column
         axes.tick_params(labelbottom=True)
-    figure.supxlabel("tasks trained")
-    figure.supylabel("accuracy (%)")
-    panels[0].set(ylim=(0, 102), xticks=list(steps))
+    figure.supxlabel("tasks trained", fontsize=9)
+    figure.supylabel("accuracy (%)", fontsize=9)
+    every = 1 if len(steps) <= 8 else 2 if len(steps) <= 16 else 5
+    panels[0].set(ylim=(0, 102), xticks=list(steps)[::every])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
 
 
-def rank_heat_map(run: SavedRun) -> Figure:
-    """Kept components per module and task, coloured by the distance from what gates without any gradient would keep."""
-    expected = _null_rank(run)
-    top = max(entry.rank for entry in run.record.ranks)
-    label, scale = "components kept", {"cmap": "cividis", "norm": matplotlib.colors.Normalize(0, top)}
-    if expected is not None:
-        label = f"components kept (black line, white cells: null model, {expected:.2f})"
-        middle = min(max(expected, 1e-6), top - 1e-6)
-        scale = {"cmap": "PuOr_r", "norm": matplotlib.colors.TwoSlopeNorm(middle, 0, top)}
-    figure, axes, bar = _module_heat_map(run, _by_module(run, "active_rank"), label, scale)
-    if expected is not None:
-        bar.ax.axhline(expected, color="black", lw=2)
-    _task_means(axes, run, "active_rank", "mean kept rank", expected)
-    axes.set_ylim(0, 1.05 * top)
-    return figure
-
-
-def delta_heat_map(run: SavedRun) -> Figure:
-    """Frobenius norm of what each task added to each weight."""
-    values = _by_module(run, "delta_norm")
-    scale = {"cmap": "cividis", "norm": matplotlib.colors.Normalize(0, max(values.max(), 1e-12))}
-    figure, axes, _ = _module_heat_map(run, values, "‖ΔW‖ (Frobenius norm)", scale)
-    _task_means(axes, run, "delta_norm", "mean ‖ΔW‖ (Frobenius norm)", None)
+def retention_scatter(run: SavedRun) -> Figure:
+    """Plasticity against stability: accuracy of every data set when it was just trained, and what is left of it."""
+    record = run.record
+    done, last = record.finished_tasks, len(record.own) - 1
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    panels = figure.subplots(1, 2)
+    labels = []
+    for axes, (space, title) in zip(panels, _SPACES):
+        rows = getattr(record, space)
+        axes.plot((0, 100), (0, 100), color="#aaaaaa", lw=1, zorder=0, label="nothing forgotten")
+        points = [(rows[j + 1][j], rows[last][j]) for j in range(done)]
+        for j, (x, y) in enumerate(points):
+            axes.plot((rows[0][j], x, x), (rows[0][j], x, y), color="#cccccc", lw=0.8, zorder=1)
+            hollow = {"mfc": "white", "mec": COLOURS[0], "ms": 4}
+            axes.plot(rows[0][j], rows[0][j], "o", **hollow, label="" if j else "before any training")
+            axes.plot(x, y, "o", color=COLOURS[0], ms=6, label="" if j else "a data set")
+        texts, colours = list(record.tasks[:done]), [COLOURS[0]] * done
+        if record.held_out:
+            points.append((record.held_out[0], record.held_out[last]))
+            axes.plot(*points[-1], "D", color=COLOURS[1], ms=6, label="held-out set, never trained")
+            texts, colours = [*texts, "held-out"], [*colours, COLOURS[1]]
+        axes.set(xlim=(0, 102), ylim=(0, 102), title=title, aspect="equal")
+        axes.set(
+            xlabel="plasticity: accuracy (%) right after its training", ylabel="stability: accuracy (%) at the end"
+        )
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        labels.append((axes, points, texts, colours, [(rows[0][j], rows[0][j]) for j in range(done)]))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    for label in labels:
+        place_labels(*label)
     return figure
 
 
 def training_curves(run: SavedRun) -> Figure:
     """Loss, mean active rank and threshold over all iterations of the stream."""
-    per_task, done = run.config["method"]["iterations"], int(run.log[-1]["task"] or 0)
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    per_task, done = 1 + int(max(row["iteration"] or 0 for row in run.log)), int(run.log[-1]["task"] or 0)
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     kappa = bottom.twinx()
+    crowded = done > 6
     for task in range(1, done + 1):
-        lines = [row for row in run.log if row["task"] == task]
-        x = [(task - 1) * per_task + row["iteration"] + 1 for row in lines]
-        top.plot(x, [row["loss"] for row in lines], color=OKABE_ITO[0], lw=1.2)
-        bottom.plot(x, [row["active_rank"] for row in lines], color=OKABE_ITO[2], lw=1.6)
-        kappa.plot(x, [row["kappa"] for row in lines], color=OKABE_ITO[1], lw=1.2, ls="--")
-        top.text(
-            (task - 1) * per_task,
-            1.02,
-            f" {run.record.tasks[task - 1]}",
-            transform=top.get_xaxis_transform(),
-            fontsize=8,
-        )
+        start, lines = (task - 1) * per_task, [row for row in run.log if row["task"] == task]
+        x = [start + row["iteration"] + 1 for row in lines]
+        for axes, column, style in (
+            (top, "loss", {"color": COLOURS[0], "lw": 1.2}),
+            (bottom, "active_rank", {"color": COLOURS[2], "lw": 1.6}),
+            (kappa, "kappa", {"color": COLOURS[1], "lw": 1.2, "ls": "--"}),
+        ):
+            axes.plot(x, [math.nan if row[column] is None else row[column] for row in lines], **style)
+        where = {"transform": top.get_xaxis_transform(), "fontsize": 8, "rotation": 25 if crowded else 0}
+        top.text(start, 1.02, f" {run.record.tasks[task - 1]}", **where, rotation_mode="anchor")
         for axes in (top, bottom):
-            axes.axvline((task - 1) * per_task, color="#cccccc", lw=0.8, zorder=0)
-    top.set(ylabel="loss (nats)", ylim=(0, None))
+            axes.axvline(start, color="#cccccc", lw=0.8, zorder=0)
+    top.set(ylabel="loss (nats)", ylim=(0, None), xlim=(-0.01 * done * per_task, 1.01 * done * per_task))
     bottom.set(xlabel="iteration, all tasks", ylim=(0, None))
-    bottom.set_ylabel("mean active rank (line)", color=OKABE_ITO[2])
+    bottom.set_ylabel("mean active rank (line)", color=COLOURS[2])
     kappa.set(ylim=(0, None))
-    kappa.set_ylabel("threshold κ (dashed)", color=OKABE_ITO[1])
+    kappa.set_ylabel("threshold κ (dashed)", color=COLOURS[1])
     kappa.spines["right"].set_visible(True)
     return figure
 
 
-def _module_heat_map(run: SavedRun, values: np.ndarray, label: str, scale: dict[str, Any]) -> tuple[Figure, Any, Any]:
-    modules = _modules(run)
-    figure = Figure(figsize=(10.5, 1.6 + min(0.15 * len(modules), 16)), layout="constrained")
-    axes, means = figure.subplots(1, 2, width_ratios=(3, 2))
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", **scale)
-    axes.set_yticks(range(len(modules)), map(short_name, modules), fontsize=7 if len(modules) <= 90 else 5)
-    axes.set_xticks(
-        range(values.shape[1]), run.record.tasks[: values.shape[1]], rotation=35, ha="right", rotation_mode="anchor"
-    )
-    axes.set(xlabel="task", ylabel="module")
-    for row in range(1, len(modules)):
-        here, above = short_name(modules[row]).split(), short_name(modules[row - 1]).split()
-        if here[:2] != above[:2]:  # another block; a heavier line where the other tower starts
-            axes.axhline(row - 0.5, color="black", lw=2.0 if here[0] != above[0] else 0.5)
-    _plain(axes)
-    return figure, means, figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+class _Kind(NamedTuple):
+    draw: Callable[[SavedRun], Figure]
+    has_data: Callable[[SavedRun], Any]
 
 
-def _task_means(axes: Any, run: SavedRun, field: str, label: str, expected: float | None) -> None:
-    """Mean over the modules per task, with the spread between modules."""
-    values = _by_module(run, field)
-    tasks = range(1, values.shape[1] + 1)
-    axes.errorbar(
-        tasks, values.mean(0), values.std(0), fmt="o", color=OKABE_ITO[0], capsize=3, label="mean ± s.d. over modules"
-    )
-    if expected is not None:
-        axes.axhline(expected, color=OKABE_ITO[1], ls="--", label=f"null model: {expected:.2f}")
-    axes.set_xticks(list(tasks), run.record.tasks[: len(tasks)], rotation=35, ha="right", rotation_mode="anchor")
-    axes.set(ylabel=label, xlabel="task", ylim=(0, None), xlim=(0.5, len(tasks) + 0.5))
-    axes.grid(True, axis="y")
-    axes.legend(loc="lower right")
-
-
-def short_name(module: str) -> str:
-    """'visual.transformer.resblocks.0.attn.q' -> 'vision 0 q'."""
-    parts = module.split(".")
-    if "resblocks" not in parts:
-        return module
-    layer = parts[parts.index("resblocks") + 1]
-    return f"{'vision' if parts[0] == 'visual' else 'text'} {layer} {parts[-1]}"
-
-
-def _modules(run: SavedRun) -> list[str]:
-    return list(dict.fromkeys(entry.module for entry in run.record.ranks))
-
-
-def _by_module(run: SavedRun, field: str) -> np.ndarray:
-    """[modules, finished tasks]."""
-    modules = {name: i for i, name in enumerate(_modules(run))}
-    values = np.full((len(modules), max(entry.task for entry in run.record.ranks)), np.nan)
-    for entry in run.record.ranks:
-        values[modules[entry.module], entry.task - 1] = getattr(entry, field)
-    return values
-
-
-def _null_rank(run: SavedRun) -> float | None:
-    return (run.manifest.get("null_model") or {}).get("expected_rank")
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+_KINDS = {
+    "accuracy": _Kind(accuracy_heat_maps, lambda run: run.record.own),
+    "forgetting": _Kind(forgetting_curves, lambda run: len(run.record.own) > 1),
+    "retention": _Kind(retention_scatter, lambda run: len(run.record.own) > 1),
+    "ranks": _Kind(rank_heat_map, lambda run: run.record.ranks),
+    "selection": _Kind(selection_plot, lambda run: run.selection["comparisons"]),
+    "delta_norm": _Kind(delta_heat_map, lambda run: run.record.ranks),
+    "drift": _Kind(drift_curve, lambda run: any(run.record.drift)),
+    "training": _Kind(training_curves, lambda run: run.log),
+}

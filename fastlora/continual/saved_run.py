@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,19 @@ from fastlora.continual.run_dir import TABLES
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run as read from its directory. `log` holds one mapping of column to number (None: empty) per line."""
+    """A run as read from its directory.
+
+    Args:
+        log: one mapping of column to number (None: empty) per line.
+        selection: content of selection.json; without comparisons where the run has none.
+    """
 
     path: Path
     config: dict[str, Any]
     manifest: dict[str, Any]
     record: Record
     log: list[dict[str, float | None]]
+    selection: dict[str, Any] = field(default_factory=lambda: {"comparisons": []})
 
     @property
     def status(self) -> str:
@@ -59,7 +65,11 @@ def read_run(path: str | os.PathLike[str]) -> SavedRun:
         ranks=ranks,
         drift=metrics.get("drift_curve", []),
     )
-    return SavedRun(path, config, manifest, record, _read(path / "log.csv", _log))
+    log = _read(path / "log.csv", _log)
+    selection = {"comparisons": []}
+    if (path / "selection.json").exists():
+        selection = _read(path / "selection.json", _selection)
+    return SavedRun(path, config, manifest, record, log, selection)
 
 
 def _read(path: Path, parse: Any) -> Any:
@@ -101,6 +111,13 @@ def _ranks(text: str) -> list[RankEntry]:
         RankEntry(int(row["task"]), row["module"], int(row["rank"]), int(row["active_rank"]), float(row["delta_norm"]))
         for row in _rows(text)
     ]
+
+
+def _selection(text: str) -> dict[str, Any]:
+    selection = json.loads(text)
+    for comparison in selection["comparisons"]:
+        comparison["name"], float(comparison["jaccard"]), float(comparison["chance"])
+    return selection
 
 
 def _log(text: str) -> list[dict[str, float | None]]:

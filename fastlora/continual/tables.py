@@ -15,6 +15,16 @@ FIGURES = (
     ("held_out", "Held-out after", "%"),
     ("mean_rank", "Mean rank", ""),
 )
+DEFINITIONS = (
+    "Learning: accuracy on each data set right after its training, mean over the data sets.",
+    "Forgetting: how far each data set ends below its best since its training, mean over all but the last.",
+    "Last: accuracy at the end, mean over the data sets.",
+    "Average: accuracy over the whole stream, mean over tasks and data sets.",
+    "Transfer: accuracy on data sets that are still to come, mean over the earlier tasks.",
+    "Held-out: accuracy on data that no task trains, before the first task and after the last.",
+    "Mean rank: components that an adapter keeps, mean over modules and tasks.",
+    "Own label space: among the tested data set's classes. Union: among the classes of all tasks, task unknown.",
+)
 READ_TOGETHER = "Read Learning beside Forgetting: a method that learns nothing forgets nothing."
 SPACE_TITLES = {
     "own": "own label space (the tested data set's classes)",
@@ -46,8 +56,17 @@ def accuracy_table(tasks: Sequence[str], rows: Sequence[Sequence[float]]) -> str
     return text_table(["accuracy %", *(f"{name} " for name in tasks)], cells)
 
 
-def number(value: float | None, deviation: float | None = None) -> str:
-    """One decimal; a dash for what is undefined."""
+def number(value: float | None, deviation: float | None = None, digits: int = 1) -> str:
+    """`digits` decimals; a dash for what is undefined."""
     if value is None:
         return "-"
-    return f"{value:.1f}" if deviation is None else f"{value:.1f} ± {deviation:.1f}"
+    return f"{value:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
+
+
+def duration(seconds: float) -> str:
+    """'2 h 5 min', '3 min 12 s', '4.2 s'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
