@@ -129,26 +129,30 @@ def report(argv: Sequence[str]) -> None:
 
 
 def compare(argv: Sequence[str]) -> None:
-    """put runs side by side, seeds of one method together: RUN RUN ... [--out FILE.png] [--json]"""
+    """put runs side by side, seeds of one method together: RUN RUN ... [--out DIR|FILE] [--sort KEY] [--json]"""
     parser = _parser("compare", compare)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories of one benchmark")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the comparison to this file")
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="a directory for compare.html and its plots, FILE.html or FILE.png"
+    )
+    parser.add_argument(
+        "--sort", default="given", metavar="KEY", help="order: given, label, learning, forgetting, last, held_out, ..."
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     options = parser.parse_args(argv)
     with _needs("compare", "matplotlib", "yaml"):
         from fastlora.continual import compare as comparison
-        from fastlora.continual.compare_plot import draw_comparison
+        from fastlora.continual.compare_page import write_comparison
         from fastlora.continual.saved_run import read_run
-    groups = comparison.group_runs([read_run(path) for path in options.runs])
-    if options.out:
-        draw_comparison(groups, options.out)
+    groups = comparison.sort_groups(comparison.group_runs([read_run(path) for path in options.runs]), options.sort)
+    written = write_comparison(groups, options.out) if options.out else None
     if options.json:
         print(json.dumps(comparison.comparison_json(groups), indent=2))
         return
     print(comparison.comparison_text(groups))
     print("\nPlots: " + ", ".join(str(path / "plots") for path in options.runs))
-    if options.out:
-        print(f"Comparison: {options.out}")
+    if written:
+        print(f"Comparison: {written}")
 
 
 def merge(argv: Sequence[str]) -> None:

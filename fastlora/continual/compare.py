@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora.continual.record import LABEL_SPACES
+from fastlora.continual.config import check_one_of
+from fastlora.continual.group_labels import labels_of, settings_of
+from fastlora.continual.record import LABEL_SPACES, RankEntry
 from fastlora.continual.saved_run import SavedRun
 from fastlora.continual.tables import FIGURES, READ_TOGETHER, SPACE_TITLES, accuracy_table, number, text_table
+
+LOWER_IS_BETTER = ("forgetting", "mean_rank")
+SORT_KEYS = ("given", "label", *(key for key, _, _ in FIGURES))
 
 
 @dataclass(frozen=True)
@@ -20,24 +27,28 @@ class Group:
     label: str
     runs: tuple[SavedRun, ...]
 
+    @functools.cached_property
+    def _metrics(self) -> list[dict[str, Any]]:
+        return [run.record.metrics() for run in self.runs]
+
+    @property
+    def method(self) -> str:
+        return self.runs[0].config["method"]["name"]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.config["seed"] for run in self.runs]
+
     def values(self, space: str, figure: str) -> list[float | None]:
         """One value per run."""
-        metrics = [run.record.metrics() for run in self.runs]
-        return [(m if space == "own" else m["union"])[figure] for m in metrics]
+        return [(m if space == "own" else m["union"])[figure] for m in self._metrics]
 
     def mean(self, space: str, figure: str) -> float | None:
-        values = self._defined(space, figure)
-        return statistics.fmean(values) if values else None
+        return mean_of(self.values(space, figure))
 
     def deviation(self, space: str, figure: str) -> float | None:
         """Sample standard deviation; None below two runs."""
-        values = self._defined(space, figure)
-        return statistics.stdev(values) if len(values) > 1 else None
-
-    def _defined(self, space: str, figure: str) -> list[float]:
-        """All values, or none where one run has none."""
-        values = self.values(space, figure)
-        return [] if None in values else [value for value in values if value is not None]
+        return deviation_of(self.values(space, figure))
 
     def accuracies(self, space: str) -> list[list[float]]:
         """Mean table over the runs, row 0 before training."""
@@ -47,6 +58,38 @@ class Group:
     def held_out(self) -> list[float]:
         """Mean curve over the runs; empty where the stream has no held-out set."""
         return [statistics.fmean(values) for values in zip(*(run.record.held_out for run in self.runs))]
+
+    def drifts(self) -> list[float | None]:
+        """Per run the distance from the pretrained weights at the end; None where it was not measured."""
+        return [run.record.drift[-1] if run.record.drift else None for run in self.runs]
+
+    def ranks(self, keep: Callable[[RankEntry], bool] = lambda entry: True) -> list[float | None]:
+        """Per run the mean kept rank over tasks and the modules that `keep` accepts; None where there is none."""
+        kept = [[entry.active_rank for entry in run.record.ranks if keep(entry)] for run in self.runs]
+        return [statistics.fmean(values) if values else None for values in kept]
+
+    def delta_norms(self) -> list[float | None]:
+        """Per run ||delta W||_F of a task over all modules, mean over the tasks."""
+        return [_mean_task_norm(run.record.ranks) for run in self.runs]
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """None where one is not defined: a mean over other runs than the next figure's would mislead."""
+    defined = [value for value in values if value is not None]
+    return statistics.fmean(defined) if defined and len(defined) == len(values) else None
+
+
+def deviation_of(values: Sequence[float | None]) -> float | None:
+    """Sample standard deviation; None below two values, and where one is not defined."""
+    defined = [value for value in values if value is not None]
+    return statistics.stdev(defined) if len(defined) > 1 and len(defined) == len(values) else None
+
+
+def _mean_task_norm(ranks: Sequence[RankEntry]) -> float | None:
+    squares: dict[int, float] = {}
+    for entry in ranks:
+        squares[entry.task] = squares.get(entry.task, 0.0) + entry.delta_norm**2
+    return statistics.fmean(math.sqrt(value) for value in squares.values()) if squares else None
 
 
 def group_runs(runs: Sequence[SavedRun]) -> list[Group]:
@@ -69,8 +112,7 @@ def group_runs(runs: Sequence[SavedRun]) -> list[Group]:
             )
     groups: dict[str, list[SavedRun]] = {}
     for run in runs:
-        settings = {key: value for key, value in run.config.items() if key in ("benchmark", "method")}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(settings_of(run.config), sort_keys=True, default=str), []).append(run)
     for members in groups.values():
         seeds = [run.config["seed"] for run in members]
         if len(set(seeds)) < len(seeds):
@@ -78,20 +120,20 @@ def group_runs(runs: Sequence[SavedRun]) -> list[Group]:
             raise ValueError(
                 f"{paths} repeat a seed with equal settings; the spread over seeds would be wrong. Give each once."
             )
-    labels = _labels(list(groups.values()))
+    labels = labels_of([settings_of(members[0].config) for members in groups.values()])
     return [Group(label, tuple(members)) for label, members in zip(labels, groups.values())]
 
 
-def _labels(groups: list[list[SavedRun]]) -> list[str]:
-    """Method names; where two groups share one, with the options in which they differ."""
-    methods = [members[0].config["method"] for members in groups]
-    labels = []
-    for method in methods:
-        rivals = [other for other in methods if other["name"] == method["name"]]
-        differing = [key for key in method if any(other.get(key) != method[key] for other in rivals)]
-        label = method["name"] + (f" r={method['rank']}" if "rank" in method and "rank" not in differing else "")
-        labels.append(" ".join([label, *(f"{key}={method[key]}" for key in differing)]))
-    return labels
+def sort_groups(groups: Sequence[Group], key: str) -> list[Group]:
+    """By 'label', or by a figure of the own label space, best first and undefined last; 'given' leaves the order."""
+    check_one_of("sort", key, SORT_KEYS)
+    if key == "given":
+        return list(groups)
+    if key == "label":
+        return sorted(groups, key=lambda group: group.label)
+    sign = 1.0 if key in LOWER_IS_BETTER else -1.0
+    values = {group.label: group.mean("own", key) for group in groups}
+    return sorted(groups, key=lambda group: math.inf if values[group.label] is None else sign * values[group.label])
 
 
 def comparison_text(groups: Sequence[Group]) -> str:
@@ -99,13 +141,13 @@ def comparison_text(groups: Sequence[Group]) -> str:
     parts = []
     for group in groups:
         tasks = group.runs[0].record.tasks
-        seeds = ", ".join(str(run.config["seed"]) for run in group.runs)
+        seeds = ", ".join(map(str, group.seeds))
         mean = "mean over seeds" if len(group.runs) > 1 else "seed"
         for space in LABEL_SPACES:
             title = f"{group.label}, {mean} {seeds}, {SPACE_TITLES[space]}:"
             parts.append(f"{title}\n{accuracy_table(tasks, group.accuracies(space))}")
     for space in LABEL_SPACES:
-        parts.append(f"{SPACE_TITLES[space].capitalize()}{_spread_note(groups)}:\n{figures_table(groups, space)}")
+        parts.append(f"{SPACE_TITLES[space].capitalize()}{spread_note(groups)}:\n{figures_table(groups, space)}")
     return "\n\n".join([*parts, READ_TOGETHER])
 
 
@@ -119,7 +161,7 @@ def figures_table(groups: Sequence[Group], space: str) -> str:
     return text_table(header, rows)
 
 
-def _spread_note(groups: Sequence[Group]) -> str:
+def spread_note(groups: Sequence[Group]) -> str:
     return ", mean ± s.d. over seeds" if any(len(group.runs) > 1 for group in groups) else ""
 
 
@@ -131,9 +173,10 @@ def comparison_json(groups: Sequence[Group]) -> dict[str, Any]:
             {
                 "label": group.label,
                 "config": {key: group.runs[0].config[key] for key in ("benchmark", "method")},
-                "seeds": [run.config["seed"] for run in group.runs],
+                "seeds": group.seeds,
                 "runs": [str(run.path) for run in group.runs],
                 "held_out_curve": group.held_out(),
+                "drift": _spread_json(group.drifts()),
             }
             | {space: _figures_json(group, space) for space in LABEL_SPACES}
             for group in groups
@@ -142,11 +185,12 @@ def comparison_json(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _figures_json(group: Group, space: str) -> dict[str, Any]:
-    figures = {
-        key: {"mean": group.mean(space, key), "sd": group.deviation(space, key), "values": group.values(space, key)}
-        for key, _, _ in FIGURES
-    }
+    figures = {key: _spread_json(group.values(space, key)) for key, _, _ in FIGURES}
     return figures | {"accuracy": group.accuracies(space)}
+
+
+def _spread_json(values: Sequence[float | None]) -> dict[str, Any]:
+    return {"mean": mean_of(values), "sd": deviation_of(values), "values": list(values)}
 
 
 def run_text(run: SavedRun) -> str:
