@@ -71,9 +71,8 @@ def train(argv: Sequence[str]) -> None:
         from fastlora.continual.report import write_report
         from fastlora.continual.trainer import Trainer
     loaded = benchmark(config.benchmark).load(config.seed)
-    options = {
-        key: getattr(config, key) for key in ("device", "backend", "eval_batch_size", "log_every", "checkpoints")
-    }
+    keys = ("device", "backend", "eval_batch_size", "log_every", "checkpoints", "log_to")
+    options = {key: getattr(config, key) for key in keys}
     try:
         Trainer(*loaded, config.method, seed=config.seed, out=out, **options).fit()
     except BaseException:
@@ -150,7 +149,8 @@ def compare(argv: Sequence[str]) -> None:
         print(json.dumps(comparison.comparison_json(groups), indent=2))
         return
     print(comparison.comparison_text(groups))
-    print("\nPlots: " + ", ".join(str(path / "plots") for path in options.runs))
+    if len(options.runs) <= 8:
+        print("\nPlots: " + ", ".join(str(path / "plots") for path in options.runs))
     if written:
         print(f"Comparison: {written}")
 

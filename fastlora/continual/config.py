@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = [
     "nearest",
 ]
 
+LOG_TO = ("tensorboard", "wandb")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -40,6 +43,7 @@ class RunConfig:
         eval_batch_size: images per forward pass in evaluation.
         log_every: iterations from one line of log.csv to the next.
         checkpoints: merged weights to keep: last (after the last task), all, or none. The adapters are always kept.
+        log_to: where figures go beside log.csv, out of tensorboard and wandb; each needs its package.
     """
 
     benchmark: str = "demo"
@@ -50,6 +54,7 @@ class RunConfig:
     eval_batch_size: int = 256
     log_every: int = 10
     checkpoints: str = "last"
+    log_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, MethodConfig):
@@ -59,6 +64,11 @@ class RunConfig:
         check_count("eval_batch_size", self.eval_batch_size, "Give the images per forward pass, such as 256.")
         check_count("log_every", self.log_every, "Give the iterations between two lines of the log, such as 10.")
         check_one_of("checkpoints", self.checkpoints, ("last", "all", "none"))
+        if isinstance(self.log_to, str) or not isinstance(self.log_to, Iterable):
+            raise ValueError(f"log_to is {self.log_to!r}; it must be a list, such as [{LOG_TO[0]}].")
+        object.__setattr__(self, "log_to", tuple(dict.fromkeys(self.log_to)))
+        for name in self.log_to:
+            check_one_of("log_to", name, LOG_TO)
 
     def keeps_checkpoint(self, task: int, tasks: int) -> bool:
         """Whether the merged weights after `task` (from 1) of `tasks` are saved."""
@@ -67,7 +77,7 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML; what `fastlora train --config` reads."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return values | {"method": self.method.as_dict()}
+        return values | {"method": self.method.as_dict(), "log_to": list(self.log_to)}
 
 
 CONFIGS: dict[str, type[MethodConfig]] = {cls.name: cls for cls in (CoDyRAConfig, LoRAConfig, ZeroShotConfig)}

@@ -84,6 +84,17 @@ class Record:
             parts.append(f"mean rank {sum(ranks) / len(ranks):.2f}")
         return ", ".join(parts)
 
+    def newest(self) -> dict[str, float]:
+        """The newest row by name: 'accuracy_own/NAME' and 'accuracy_union/NAME' in percent, held-out, drift."""
+        values = {
+            f"accuracy_{space}/{name}": value
+            for space in LABEL_SPACES
+            for name, value in zip(self.tasks, getattr(self, space)[-1])
+        }
+        if self.held_out:
+            values["accuracy_held_out"] = self.held_out[-1]
+        return values | ({"drift": self.drift[-1]} if self.drift else {})
+
     def _shared(self) -> tuple[dict[str, float | None], dict[str, str]]:
         shared = {
             "held_out_before": self.held_out[0] if self.held_out else None,

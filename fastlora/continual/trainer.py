@@ -19,6 +19,7 @@ from fastlora.continual.batches import generator_for
 from fastlora.continual.config import CoDyRAConfig, MethodConfig, RunConfig
 from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
+from fastlora.continual.loggers import Loggers
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.manifest import describe
 from fastlora.continual.methods import TaskContext, build_method
@@ -44,7 +45,7 @@ class Trainer:
             Torch's global generator is seeded from it at every task, for models that drop something out.
         out: run directory to make; None keeps everything in memory.
         progress: print a bar or lines.
-        options: further fields of RunConfig (device, backend, eval_batch_size, log_every, checkpoints).
+        options: further fields of RunConfig (device, backend, eval_batch_size, log_every, checkpoints, log_to).
     Raises:
         ValueError: an option is out of range. FileExistsError, OSError: `out` cannot be made.
     """
@@ -74,6 +75,7 @@ class Trainer:
         self._drift = Drift(self.model)
         self._spent = {"train": 0.0, "evaluate": 0.0}
         self._progress = Progress(method.name, progress)
+        self._loggers, self._steps = Loggers(self.config.log_to, self.out, self.config.as_dict()), 0
 
     def fit(self) -> Record:
         """Train on every task of the stream, once.
@@ -156,6 +158,7 @@ class Trainer:
             self.method.after_step(ctx)
 
             losses.append(loss.detach())
+            self._steps += 1
             if iteration % self.config.log_every == 0 or iteration == iterations - 1:
                 self._log(ctx, losses)
                 losses.clear()
@@ -197,6 +200,7 @@ class Trainer:
         self.record.add(result.own, result.union, result.held_out, drift)
         if self._run:
             self._run.write_record(self.record, seconds=self._spent)
+        self._loggers.scalars(self._steps, self.record.newest())
         self._progress.line(f"{what}: {self.record.summary()}")
         return result
 
@@ -222,11 +226,15 @@ class Trainer:
         kappa = self.method.kappa(iteration)
         if self._run:
             self._run.append_log([(ctx.number, iteration, loss, lr, kappa, active_rank)])
-        self._progress.step(iteration + 1, loss=loss, kappa=kappa, rank=active_rank)
+        figures = {"loss": loss, "lr": lr, "kappa": kappa, "active_rank": active_rank}
+        self._loggers.scalars(self._steps, {f"train/{name}": value for name, value in figures.items()})
+        images = len(ctx.step["images"])
+        self._progress.step(iteration + 1, images=images, loss=loss, kappa=kappa, rank=active_rank)
 
     def _finish(self, status: str, error: BaseException | None = None) -> None:
         if self._run:
             self._run.update(status=status, **({"error": f"{type(error).__name__}: {error}"} if error else {}))
+        self._loggers.close()
 
 
 def _device(name: str) -> torch.device:
