@@ -137,9 +137,9 @@ def sort_groups(groups: Sequence[Group], key: str) -> list[Group]:
 
 
 def comparison_text(groups: Sequence[Group]) -> str:
-    """Both accuracy tables of every group, then both tables of figures."""
+    """Both accuracy tables of every group (up to eight; the page has the others'), then both tables of figures."""
     parts = []
-    for group in groups:
+    for group in groups if len(groups) <= 8 else ():
         tasks = group.runs[0].record.tasks
         seeds = ", ".join(map(str, group.seeds))
         mean = "mean over seeds" if len(group.runs) > 1 else "seed"

@@ -45,7 +45,7 @@ def short_name(module: str) -> str:
 def rank_heat_map(run: SavedRun) -> Figure:
     """Kept components per layer, module and task, coloured by the distance from what gates without gradient keep."""
     expected, values = null_rank(run), _values(run, "active_rank")
-    top = max(entry.rank for entry in run.record.ranks)
+    top = max(1, *(max(entry.rank, entry.active_rank) for entry in run.record.ranks))
     if expected is None:
         label, colours = "components kept", {"cmap": "cividis", "norm": Normalize(0, top)}
     else:

@@ -127,32 +127,39 @@ def retention_scatter(run: SavedRun) -> Figure:
 
 
 def training_curves(run: SavedRun) -> Figure:
-    """Loss, mean active rank and threshold over all iterations of the stream."""
-    per_task, done = 1 + int(max(row["iteration"] or 0 for row in run.log)), int(run.log[-1]["task"] or 0)
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    kappa = bottom.twinx()
-    crowded = done > 6
-    for task in range(1, done + 1):
-        start, lines = (task - 1) * per_task, [row for row in run.log if row["task"] == task]
-        x = [start + row["iteration"] + 1 for row in lines]
-        for axes, column, style in (
-            (top, "loss", {"color": COLOURS[0], "lw": 1.2}),
-            (bottom, "active_rank", {"color": COLOURS[2], "lw": 1.6}),
-            (kappa, "kappa", {"color": COLOURS[1], "lw": 1.2, "ls": "--"}),
-        ):
+    """Loss, and where the method has them mean active rank and threshold, over all iterations of the stream."""
+    known = {name for name in ("active_rank", "kappa") if any(row[name] is not None for row in run.log)}
+    figure = Figure(figsize=(WIDTH, 4.6 if known else 2.6), layout="constrained")
+    panels = figure.subplots(2 if known else 1, 1, sharex=True, squeeze=False)[:, 0]
+    panels[0].set(ylabel="loss (nats)")
+    curves = [(panels[0], "loss", {"color": COLOURS[0], "lw": 1.2})]
+    if "active_rank" in known:
+        curves.append((panels[1], "active_rank", {"color": COLOURS[2], "lw": 1.6}))
+        panels[1].set_ylabel("mean active rank (line)", color=COLOURS[2])
+    if "kappa" in known:
+        kappa = panels[1].twinx() if "active_rank" in known else panels[1]
+        curves.append((kappa, "kappa", {"color": COLOURS[1], "lw": 1.2, "ls": "--"}))
+        kappa.set_ylabel("threshold κ (dashed)", color=COLOURS[1])
+        kappa.spines["right"].set_visible(kappa is not panels[1])
+    start = 0
+    for task in dict.fromkeys(int(row["task"] or 0) for row in run.log):
+        lines = [row for row in run.log if row["task"] == task]
+        for axes, column, style in curves:
+            x = [start + (row["iteration"] or 0) + 1 for row in lines]
             axes.plot(x, [math.nan if row[column] is None else row[column] for row in lines], **style)
-        where = {"transform": top.get_xaxis_transform(), "fontsize": 8, "rotation": 25 if crowded else 0}
-        top.text(start, 1.02, f" {run.record.tasks[task - 1]}", **where, rotation_mode="anchor")
-        for axes in (top, bottom):
-            axes.axvline(start, color="#cccccc", lw=0.8, zorder=0)
-    top.set(ylabel="loss (nats)", ylim=(0, None), xlim=(-0.01 * done * per_task, 1.01 * done * per_task))
-    bottom.set(xlabel="iteration, all tasks", ylim=(0, None))
-    bottom.set_ylabel("mean active rank (line)", color=COLOURS[2])
-    kappa.set(ylim=(0, None))
-    kappa.set_ylabel("threshold κ (dashed)", color=COLOURS[1])
-    kappa.spines["right"].set_visible(True)
+        _name_task(panels, start, run.record.tasks[task - 1], crowded=len(run.record.tasks) > 6)
+        start += int(max(row["iteration"] or 0 for row in lines)) + 1
+    for axes, _, _ in curves:
+        axes.set_ylim(0, None)
+    panels[-1].set(xlabel="iteration, all tasks", xlim=(-0.01 * start, 1.01 * start))
     return figure
+
+
+def _name_task(panels: Any, start: float, name: str, crowded: bool) -> None:
+    where = {"transform": panels[0].get_xaxis_transform(), "fontsize": 8, "rotation": 25 if crowded else 0}
+    panels[0].text(start, 1.02, f" {name}", **where, rotation_mode="anchor")
+    for axes in panels:
+        axes.axvline(start, color="#cccccc", lw=0.8, zorder=0)
 
 
 class _Kind(NamedTuple):

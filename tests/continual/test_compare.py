@@ -209,6 +209,7 @@ def test_many_groups(make_run, tmp_path):
         [read_run(make_run(str(i), method=m, own=rows)) for i, (m, rows) in enumerate(zip(methods, own))]
     )
     assert len(groups) == len({group.label for group in groups}) == 20
+    assert len(comparison_text(groups).splitlines()) < 60  # the figures of all, the accuracy tables of none
     names = sorted(file.name for file in write_comparison(groups, tmp_path / "out").parent.glob("*.png"))
     assert names == ["frontier_own.png", "frontier_union.png", "held_out.png"]
     figure = frontier_plot(groups, "own")
