@@ -52,10 +52,11 @@ def _load_demo(seed: int, split: str = "test") -> Loaded:
 
 
 # The embedded model is small and starts far from its tasks: fewer, larger steps. kappa_max keeps the published total
-# shrink of 0.65 (so the published expected sparsity) at 120 iterations: KappaSchedule.for_shrink(0.65, total=120).
+# shrink of 0.65 (so the published expected sparsity) at 120 iterations: KappaSchedule.for_shrink(0.65, total=120). SoRA
+# shrinks as much in all, and B decays by as much as with the default at 500 iterations.
 _DEMO_DEFAULTS = {"iterations": 120, "lr": 1e-3}
 
-_DEMO_PRESETS = {"codyra": {"kappa_max": 0.0211}}
+_DEMO_PRESETS = {"codyra": {"kappa_max": 0.0211}, "sora": {"kappa": 0.65 / 120}, "decay_b": {"decay": 0.03}}
 
 BENCHMARKS = {
     "demo": Benchmark(_load_demo, _DEMO_DEFAULTS, _DEMO_PRESETS),

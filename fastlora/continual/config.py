@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastlora.continual.configs.base import MethodConfig, UsageError, check_count, check_one_of, nearest
-from fastlora.continual.configs.gated import CoDyRAConfig, LoRAConfig
+from fastlora.continual.configs.gated import CoDyRAConfig, LoRAConfig, SoRAConfig
+from fastlora.continual.configs.rules import (
+    ContributionProxConfig,
+    DecayBConfig,
+    PathCreditConfig,
+    RandomSelectionConfig,
+    UniformShrinkConfig,
+)
 from fastlora.continual.configs.zero_shot import ZeroShotConfig
 
 __all__ = [
@@ -80,7 +87,20 @@ class RunConfig:
         return values | {"method": self.method.as_dict(), "log_to": list(self.log_to)}
 
 
-CONFIGS: dict[str, type[MethodConfig]] = {cls.name: cls for cls in (CoDyRAConfig, LoRAConfig, ZeroShotConfig)}
+CONFIGS: dict[str, type[MethodConfig]] = {
+    cls.name: cls
+    for cls in (
+        CoDyRAConfig,
+        LoRAConfig,
+        ZeroShotConfig,
+        SoRAConfig,
+        DecayBConfig,
+        UniformShrinkConfig,
+        RandomSelectionConfig,
+        ContributionProxConfig,
+        PathCreditConfig,
+    )
+}
 
 
 def method_config(name: str, **options: Any) -> MethodConfig:

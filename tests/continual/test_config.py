@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -21,6 +22,8 @@ def test_published_defaults():
         "dense": 0.5,
         "prox": "exact",
         "gate_init": "normal",
+        "gate_lr": None,
+        "gates": "trained",
         "drop_dead": True,
     }
 
@@ -90,7 +93,8 @@ def test_a_method_does_not_take_another_ones_option():
 
 
 def test_help_of_an_option_is_that_of_the_class_which_has_it():
-    documented = [line.split(":")[0].strip() for line in CoDyRAConfig.__doc__.splitlines() if line.startswith(" " * 8)]
+    lines = [line for line in CoDyRAConfig.__doc__.splitlines() if re.match(r" {8}\w", line)]
+    documented = [line.split(":")[0].strip() for line in lines]
     assert documented == [field.name for field in dataclasses.fields(CoDyRAConfig)]
 
 

@@ -113,6 +113,12 @@ def check_count(name: str, value: Any, advice: str, least: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an integer >= {least}. {advice}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be true or false.")
+
+
 def check_number(name: str, value: Any, range_text: str, accepts: Any, advice: str) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not accepts(value):

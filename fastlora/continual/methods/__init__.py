@@ -7,10 +7,29 @@ from typing import Any
 from fastlora.continual.config import MethodConfig, check_one_of
 from fastlora.continual.methods.base import AdapterMethod, Method, TaskContext
 from fastlora.continual.methods.codyra import CoDyRA
+from fastlora.continual.methods.contribution_prox import ContributionProx
+from fastlora.continual.methods.decay_b import DecayB
 from fastlora.continual.methods.lora import LoRA
+from fastlora.continual.methods.path_credit import PathCredit
+from fastlora.continual.methods.random_selection import RandomSelection
+from fastlora.continual.methods.sora import SoRA
+from fastlora.continual.methods.uniform_shrink import UniformShrink
 from fastlora.continual.methods.zero_shot import ZeroShot
 
-METHODS: dict[str, type[Method]] = {cls.config_class.name: cls for cls in (CoDyRA, LoRA, ZeroShot)}
+METHODS: dict[str, type[Method]] = {
+    cls.config_class.name: cls
+    for cls in (
+        CoDyRA,
+        LoRA,
+        ZeroShot,
+        SoRA,
+        DecayB,
+        UniformShrink,
+        RandomSelection,
+        ContributionProx,
+        PathCredit,
+    )
+}
 
 __all__ = ["METHODS", "AdapterMethod", "CoDyRA", "LoRA", "Method", "TaskContext", "ZeroShot", "build_method"]
 

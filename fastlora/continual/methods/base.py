@@ -65,6 +65,8 @@ class Method:
         journaled: the model after a task follows from the base model and the adapters in the journal. Where it does
             not, a run keeps the weights.
         per_dataset: `evaluation_model` gives other models to other data sets.
+        selects: of the components that a task starts with, `end_task` merges a choice.
+        draws: what that choice hangs on that is drawn at random: gates, choice, or nothing.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
@@ -72,6 +74,8 @@ class Method:
     joint: ClassVar[bool] = False
     journaled: ClassVar[bool] = True
     per_dataset: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
+    draws: str = ""
 
     def __init__(self, config: Any, *, backend: str = "auto") -> None:
         if not isinstance(config, self.config_class):
@@ -134,6 +138,7 @@ class AdapterMethod(Method):
     trains = True
     prox = "exact"
     gate_init = "normal"
+    scaling = 1.0
 
     def begin_task(self, ctx: TaskContext) -> None:
         self.inject(ctx)
@@ -141,7 +146,7 @@ class AdapterMethod(Method):
         ctx.optimizer = self.optimizer(ctx.model)
 
     def inject(self, ctx: TaskContext) -> None:
-        """Adapters into the plain model, drawn from the streams of this seed and task."""
+        """Adapters into the plain model."""
         config = self.config
         fastlora.inject(
             ctx.model,
@@ -149,8 +154,13 @@ class AdapterMethod(Method):
             targets=config.targets,
             where=config.where,
             gate_init=self.gate_init,
+            scaling=self.scaling,
             backend=self.backend,
         )
+        self.draw(ctx)
+
+    def draw(self, ctx: TaskContext) -> None:
+        """Fresh contents of every adapter, from the stream of ctx.seed and the task."""
         generator = generator_for(ctx.seed, "adapters", ctx.number)
         for _, adapter in fastlora.adapters(ctx.model):
             adapter.reset_adapter_(generator)
@@ -163,6 +173,13 @@ class AdapterMethod(Method):
 
     def kappa(self, iteration: int) -> float | None:
         return 0.0
+
+    def drop_dead(self, ctx: TaskContext) -> None:
+        """Take components whose gate is 0 to stay out of the model and its optimizer: no result changes, steps cost less.
+
+        Waits for the device.
+        """
+        ctx.optimizer.drop_dead_ranks_(ctx.model)
 
     def end_task(self, ctx: TaskContext) -> RankReport:
         self.scale(ctx.model)

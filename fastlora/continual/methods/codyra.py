@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from fastlora.continual.annealing import cosine
+import fastlora
 from fastlora.continual.configs.gated import CoDyRAConfig
-from fastlora.continual.methods.base import AdapterMethod, TaskContext
+from fastlora.continual.methods.base import TaskContext
+from fastlora.continual.methods.gated import GatedMethod
+from fastlora.ops.prox import soft_threshold_
 from fastlora.optim import KappaSchedule
 
-# times per task that dead ranks are dropped: each waits for the device and changes the shapes that kernels see
-DROPS = 5
 
-
-class CoDyRA(AdapterMethod):
+class CoDyRA(GatedMethod):
     """delta W = sum_i w_i B[:, i] A[i, :];  w <- T_kappa(w - AdamW step), with kappa(t) from KappaSchedule.
 
     Per task: A Kaiming-uniform, B 0, w ~ N(0, 1); the first half dense, then kappa rises to kappa_max; at the end the
-    components with w = 0 are dropped, the rest merged, and the next task starts from a fresh adapter. From the iteration
-    on where a gate at 0 stays there, dead components are dropped during the task, too.
+    components with w = 0 are dropped, the rest merged, and the next task starts from a fresh adapter. The controls
+    (config.gates) draw the same gates, and do not train them.
     """
 
     config_class = CoDyRAConfig
 
     def __init__(self, config: CoDyRAConfig, **options: Any) -> None:
         super().__init__(config, **options)
-        self.prox, self.gate_init = config.prox, config.gate_init
-        self.schedule = KappaSchedule(config.kappa_max, config.kappa_steps, config.dense, config.iterations)
+        if config.gates == "preshrunk":
+            self.drops = frozenset()  # begin_task drops them all
 
-        self.drops = self._drops() if config.drop_dead else frozenset()
+    def thresholds(self) -> KappaSchedule:
+        config = self.config
+        kappa_max = 0.0 if config.gates == "random" else config.kappa_max
+        return KappaSchedule(kappa_max, config.kappa_steps, config.dense, config.iterations)
 
-    def _drops(self) -> frozenset[int]:
-        """Iterations before which dead ranks are dropped: the first that is exact, and a few more up to the end."""
-        total = self.config.iterations
-        first = self.schedule.exact_from(lambda iteration: cosine(self.config.lr, iteration, total))
-        return frozenset(range(first, total, max(1, math.ceil((total - first) / DROPS))))
+    @property
+    def trains_gates(self) -> bool:
+        return self.config.gates == "trained"
+
+    def begin_task(self, ctx: TaskContext) -> None:
+        super().begin_task(ctx)
+        if self.config.gates == "preshrunk" and self.config.drop_dead:
+            self.drop_dead(ctx)
+
+    def draw(self, ctx: TaskContext) -> None:
+        super().draw(ctx)
+        if self.config.gates == "preshrunk":
+            gates = [adapter.gate for _, adapter in fastlora.adapters(ctx.model)]
+            for iteration in range(self.config.iterations):  # step by step: to the bit what the schedule leaves
+                soft_threshold_(gates, self.schedule.kappa(iteration), operator=self.prox)
 
     def kappa(self, iteration: int) -> float:
-        return self.schedule.kappa(iteration)
+        return 0.0 if self.config.gates == "preshrunk" else super().kappa(iteration)
 
-    def after_step(self, ctx: TaskContext) -> None:
-        if ctx.step["iteration"] + 1 in self.drops:
-            ctx.optimizer.drop_dead_ranks_(ctx.model)
-
-    def null_model(self) -> dict[str, float]:
-        """What is kept when no gate ever sees a gradient, so that data cannot be credited with it.
-
-        A gate survives when it starts above the sum of all thresholds; with the released operator, whose dead zone is
-        twice the threshold, above that sum plus the last threshold.
-        """
-        shrink = self.schedule.total_shrink
-        reach = shrink + (self.config.kappa_max if self.prox == "released" and shrink > 0 else 0.0)
-        survival = math.erfc(reach / math.sqrt(2)) if self.gate_init == "normal" else float(reach < 1.0)
-        return {"total_shrink": shrink, "survival": survival, "expected_rank": survival * self.config.rank}
+    def null_model(self) -> dict[str, float] | None:
+        return None if self.config.gates == "random" else super().null_model()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-import fastlora
 from fastlora.continual.configs.gated import LoRAConfig
 from fastlora.continual.methods.base import AdapterMethod
+from fastlora.continual.methods.components import freeze_gates
 
 
 class LoRA(AdapterMethod):
@@ -20,5 +20,4 @@ class LoRA(AdapterMethod):
     gate_init = "ones"
 
     def choose_trainable(self, model: nn.Module) -> None:
-        for _, adapter in fastlora.adapters(model):
-            adapter.gate.requires_grad_(False)
+        freeze_gates(model)
