@@ -128,7 +128,7 @@ def report(argv: Sequence[str]) -> None:
 
 
 def compare(argv: Sequence[str]) -> None:
-    """put runs side by side, seeds of one method together: RUN RUN ... [--out DIR|FILE] [--sort KEY] [--json]"""
+    """put runs side by side, seeds of one method together: RUN RUN ... [--out DIR|FILE] [--sort KEY] [--json] [--selection]"""
     parser = _parser("compare", compare)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories of one benchmark")
     parser.add_argument(
@@ -138,7 +138,17 @@ def compare(argv: Sequence[str]) -> None:
         "--sort", default="given", metavar="KEY", help="order: given, label, learning, forgetting, last, held_out, ..."
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.add_argument(
+        "--selection",
+        action="store_true",
+        help="train the first task of each run again, on other data and from other starts, to see what chooses the "
+        "components that survive; written to RUN/selection.json",
+    )
     options = parser.parse_args(argv)
+    if options.selection:
+        if options.out:
+            raise UsageError("--selection draws nothing; leave --out away. It writes selection.json into each run.")
+        return _selection(options.runs, options.json)
     with _needs("compare", "matplotlib", "yaml"):
         from fastlora.continual import compare as comparison
         from fastlora.continual.compare_page import write_comparison
@@ -153,6 +163,21 @@ def compare(argv: Sequence[str]) -> None:
         print("\nPlots: " + ", ".join(str(path / "plots") for path in options.runs))
     if written:
         print(f"Comparison: {written}")
+
+
+def _selection(paths: Sequence[Path], as_json: bool) -> None:
+    with _needs("compare", "open_clip", "yaml", "sklearn"):
+        from fastlora.continual.selection import measure
+    from fastlora.continual.saved_run import read_run
+
+    found = []
+    for path, run in [(path, read_run(path).run_config) for path in paths]:
+        found.append(measure(run, say=functools.partial(print, file=sys.stderr)))
+        written = found[-1].write(path)
+        if not as_json:
+            print(f"{found[-1]}\nwritten: {written}")
+    if as_json:
+        print(json.dumps([selection.as_dict() for selection in found], indent=2))
 
 
 def merge(argv: Sequence[str]) -> None:

@@ -280,6 +280,20 @@ def test_works_outside_the_main_thread(capsys):
     assert codes == [0]
 
 
+def test_selection_of_runs(capsys, tmp_path, no_plots):
+    """One file a run; a table, or JSON, and nothing else on stdout."""
+    for method in ("codyra", "random_selection"):
+        assert run(capsys, "train", *QUICK, "--method", method, "--out", method)[0] == 0
+    code, out, err = run(capsys, "compare", "--selection", "codyra", "random_selection")
+    assert code == 0 and "codyra on tiny, seed 0, task red, other task blue:" in out and "training 5 of 5" in err
+    assert "other gates, same data" in out and "other choice, same data" in out and "written: codyra/selection" in out
+    code, out, _ = run(capsys, "compare", "--selection", "--json", "codyra")
+    saved = json.loads((tmp_path / "codyra" / "selection.json").read_text())
+    assert code == 0 and json.loads(out) == [saved] and len(saved["comparisons"]) == 4
+    code, _, err = run(capsys, "compare", "--selection", "codyra", "--out", "x.png")
+    assert code == 2 and "--selection draws nothing; leave --out away" in err
+
+
 # ---- merge
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlora.continual.config import RunConfig, method_config
 from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_dir import TABLES
 
@@ -32,6 +33,11 @@ class SavedRun:
     @property
     def status(self) -> str:
         return self.manifest["status"]
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The settings, checked again. Raises ValueError where this version does not have them."""
+        return RunConfig(**(self.config | {"method": method_config(**self.config["method"])}))
 
     @property
     def label(self) -> str:
