@@ -35,6 +35,11 @@ def labels_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [_label(mine, [other for other in settings if other["name"] == mine["name"]]) for mine in settings]
 
 
+def is_control(method: Mapping[str, Any]) -> bool:
+    """Whether these options make the method a control of itself: it must never go by its bare name."""
+    return method.get("gates", "trained") != "trained"
+
+
 def _label(mine: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
     parts = [mine["name"]] + ([f"r={mine['rank']}"] if "rank" in mine else [])
     for key in dict.fromkeys(key for other in rivals for key in other):
@@ -43,7 +48,9 @@ def _label(mine: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
         counts = Counter(_key(other.get(key)) for other in rivals)
         (commonest, most), *others = counts.most_common()
         tied = bool(others) and others[0][1] == most
-        if len(counts) > 1 and (tied or _key(mine.get(key)) != commonest):
+        if key == "gates" and is_control(mine):
+            parts.append(f"gates={mine['gates']}")
+        elif len(counts) > 1 and (tied or _key(mine.get(key)) != commonest):
             parts.append(f"{key}={_value(mine.get(key))}")
     return " ".join(parts)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.continual.config import RunConfig, method_config
+from fastlora.continual.group_labels import is_control
 from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_dir import TABLES
 
@@ -41,9 +42,10 @@ class SavedRun:
 
     @property
     def label(self) -> str:
-        """Method and what sets it apart, for legends: 'codyra', 'lora r=4'."""
+        """Method and what sets it apart, for legends: 'codyra', 'codyra gates=null_control', 'lora r=4'."""
         method = self.config["method"]
-        return method["name"] + (f" r={method['rank']}" if method["name"] == "lora" else "")
+        rank = f" r={method['rank']}" if method["name"] == "lora" else ""
+        return method["name"] + rank + (f" gates={method['gates']}" if is_control(method) else "")
 
 
 def read_run(path: str | os.PathLike[str]) -> SavedRun:

@@ -220,6 +220,17 @@ def test_many_groups(make_run, tmp_path):
     assert len({style for style in styles(groups[:16])}) == 16
 
 
+def test_a_control_is_never_called_by_the_bare_name(make_run):
+    """Also where the method itself is not beside it."""
+    control = CoDyRAConfig(rank=4, iterations=20, gates="null_control")
+    paths = [make_run("control", method=control), make_run("lora", method=LoRAConfig(rank=4))]
+    runs = [read_run(path) for path in paths]
+    assert [run.label for run in runs] == ["codyra gates=null_control", "lora r=4"]
+    assert [group.label for group in group_runs(runs)] == ["codyra r=4 gates=null_control", "lora r=4"]
+    groups = group_runs([runs[0], read_run(make_run("codyra"))])
+    assert [group.label for group in groups] == ["codyra r=4 gates=null_control", "codyra r=4 gates=trained"]
+
+
 def test_unfinished_run(make_run):
     with pytest.raises(ValueError, match="b is interrupted after 1 of 2 tasks; only finished runs can be compared"):
         group_runs(

@@ -12,6 +12,8 @@ from continual.step_log import train  # noqa: E402
 from fastlora.continual import Trainer  # noqa: E402
 from fastlora.continual.config import CoDyRAConfig, SoRAConfig  # noqa: E402
 from fastlora.continual.methods import build_method  # noqa: E402
+from fastlora.continual.restore import restore  # noqa: E402
+from fastlora.continual.saved_run import read_run  # noqa: E402
 from fastlora.ops.prox import soft_threshold  # noqa: E402
 
 SHORT = {"rank": 8, "iterations": 10, "batch_size": 8, "lr": 1e-2}
@@ -181,3 +183,12 @@ def test_penalty_of_the_published_code(run):
         assert torch.allclose(grads["gate"], 3.0 * drawn.sign() / (len(steps[0].grads) * 8))
     _, steps, _ = run(sora())
     assert all(not grads["gate"].any() for grads in steps[0].grads.values())
+
+
+def test_adapter_files_of_sora_hold_its_scaling(make_clip, tokenizer, one_task, tmp_path):
+    """They rebuild the merged weights bit for bit."""
+    model, rebuilt = make_clip(), make_clip()
+    Trainer(model, tokenizer, one_task(), sora(), out=tmp_path / "run", checkpoints="none", progress=False).fit()
+    restore(rebuilt, read_run(tmp_path / "run"), 1)
+    state = rebuilt.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -24,7 +24,7 @@ class ConstantKappa(KappaSchedule):
 
 
 class SoRA(GatedMethod):
-    """delta W = (alpha / r) sum_i g_i B[:, i] A[i, :];  g <- T_xi(g - AdamW step) after every step (section 3).
+    """delta W = (alpha / r) sum_i g_i B[:, i] A[i, :];  g <- T_xi(g - AdamW step) after every step.
 
     A Kaiming-uniform, B 0, g ~ N(0, 1), as in the published code, whose optimizer has the operator that is called
     `released` here. Simplified: optimizer, learning-rate schedule, loss and targets are those of CoDyRA, so there is no
