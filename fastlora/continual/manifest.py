@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastlora.continual.batches import all_labels
-from fastlora.continual.stream import Task, TaskStream
+from fastlora.continual.stream import Reference, Task, TaskStream
 from fastlora.continual.text import why_uncut
 
 _PACKAGES = ("fastlora", "torch", "open_clip_torch", "triton", "numpy", "safetensors")
@@ -34,6 +34,7 @@ def describe(model: nn.Module, stream: TaskStream, device: torch.device) -> dict
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "hashes": {task.name: hashes(task) for task in stream.tasks} | held_out,
+        "reference": None if stream.reference is None else reference_hashes(stream.reference),
         "duplicate_classes": {name: list(tasks) for name, tasks in stream.duplicate_classes().items()},
         "text_context": why_uncut(model) or "cut after the last end-of-text token",
     }
@@ -47,6 +48,15 @@ def hashes(task: Task) -> dict[str, Any]:
         "classes_sha256": _sha256(list(task.classes)),
         "templates_sha256": _sha256(list(task.templates)),
         "test_labels_sha256": _sha256([int(label) for label in all_labels(task.test)]),
+    }
+
+
+def reference_hashes(reference: Reference) -> dict[str, Any]:
+    """Sizes, and SHA-256 of the texts; the images are not looked at, which may cost more than a method that uses none."""
+    return {
+        "images": len(reference.images),
+        "texts": len(reference.texts),
+        "texts_sha256": _sha256(list(reference.texts)),
     }
 
 

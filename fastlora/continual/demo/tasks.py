@@ -16,6 +16,7 @@ import torch
 
 from fastlora.continual.demo.captions import NUMBERS
 from fastlora.continual.demo.model import normalise
+from fastlora.continual.demo.reference import demo_reference
 from fastlora.continual.demo.world import (
     COLOURS,
     DIGITS,
@@ -203,4 +204,4 @@ def demo_stream(seed: int = 0, shots: int = 16, split: str = "test") -> TaskStre
         *(_rendered_task(spec, shots, seed, split) for spec in (TEXTURE_TASK, LETTER_TASK, CAST_TASK, COUNT_TASK)),
     )
     name = "demo" if split == "test" else f"demo_{split}"
-    return TaskStream(name, tasks, _rendered_task(HELD_OUT, 0, seed, split))
+    return TaskStream(name, tasks, _rendered_task(HELD_OUT, 0, seed, split), demo_reference())
