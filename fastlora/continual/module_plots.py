@@ -137,7 +137,7 @@ def _heat_map(
             if numbers:
                 _write_numbers(axes, image)
             _label_panel(axes, tower, first=task % columns == 0, named=k == len(towers) - 1 or not same)
-            axes.set_title(run.record.tasks[task] if k == 0 else "", fontsize=9)
+            axes.set_title(run.stages[task] if k == 0 else "", fontsize=9)
             panels.append(axes)
     bar = figure.colorbar(image, ax=panels, label=label, aspect=30, shrink=min(1.0, 5.0 / sum(heights)))
     return figure, figure.add_subplot(grid[-1, :]), bar
@@ -196,7 +196,7 @@ def _task_means(axes: Any, run: SavedRun, values: np.ndarray, label: str, expect
     axes.errorbar(tasks, mean, spread, fmt="o", color=COLOURS[0], capsize=3, label="mean ± s.d. over modules")
     if expected is not None:
         axes.axhline(expected, color=COLOURS[1], ls="--", label=f"null model: {expected:.2f}")
-    task_ticks(axes, run.record.tasks[: len(tasks)])
+    task_ticks(axes, run.stages[: len(tasks)])
     axes.set(ylabel=label, xlim=(-0.5, len(tasks) - 0.5))
     axes.grid(True, axis="y")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)

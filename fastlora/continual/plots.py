@@ -147,7 +147,7 @@ def training_curves(run: SavedRun) -> Figure:
         for axes, column, style in curves:
             x = [start + (row["iteration"] or 0) + 1 for row in lines]
             axes.plot(x, [math.nan if row[column] is None else row[column] for row in lines], **style)
-        _name_task(panels, start, run.record.tasks[task - 1], crowded=len(run.record.tasks) > 6)
+        _name_task(panels, start, run.stages[task - 1], crowded=len(run.record.tasks) > 6)
         start += int(max(row["iteration"] or 0 for row in lines)) + 1
     for axes, _, _ in curves:
         axes.set_ylim(0, None)

@@ -41,6 +41,11 @@ class SavedRun:
         return RunConfig(**(self.config | {"method": method_config(**self.config["method"])}))
 
     @property
+    def stages(self) -> list[str]:
+        """What each stretch of training was on: the tasks, or all of them at once."""
+        return ["all tasks"] if self.config["method"]["name"] == "joint" else self.record.tasks
+
+    @property
     def label(self) -> str:
         """Method and what sets it apart, for legends: 'codyra', 'codyra gates=null_control', 'lora r=4'."""
         method = self.config["method"]
