@@ -101,10 +101,10 @@ def evaluate(argv: Sequence[str]) -> None:
     loaded = benchmark(run.config["benchmark"]).load(run.config["seed"])
     restore.check_same_tests(run, loaded.stream)
     number = run.record.finished_tasks if options.task is None else options.task
-    source = restore.restore(loaded.model, run, number)
-    result = evaluation.evaluate(
-        loaded.model, loaded.tokenizer, loaded.stream, batch_size=run.config["eval_batch_size"]
-    )
+    method = restore.method_of(run)
+    source = restore.restore(loaded.model, run, number, method)
+    model_for = method.evaluation_model if method.per_dataset else None
+    result = evaluation.evaluate(*loaded, batch_size=run.config["eval_batch_size"], model_for=model_for)
     now = {"own": result.own, "union": result.union}
     print(f"{options.run} after task {number}, from {source}, in {result.seconds:.1f} s")
     rows = [[space, *(f"{value:.1f}" for value in values)] for space, values in now.items()]

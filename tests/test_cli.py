@@ -209,6 +209,26 @@ def test_train_report_eval_compare(capsys, tmp_path):
     assert code == 0 and [group["label"] for group in json.loads(out)["groups"]] == ["codyra r=2", "zero_shot"]
 
 
+@pytest.mark.parametrize(
+    ("method", "source"),
+    [
+        ("full", "checkpoints/task_02.safetensors"),
+        ("joint", "checkpoints/task_01.safetensors"),
+        ("per_task", "the base model and 2 adapter files"),
+    ],
+)
+def test_eval_of_methods_that_leave_no_sequence_of_adapters(capsys, tmp_path, no_plots, method, source):
+    quick = [option for option in QUICK if method != "full" or "rank" not in option]
+    assert run(capsys, "train", *quick, "--method", method, "--method.lr=0.01", "--out=run")[0] == 0
+    code, out, _ = run(capsys, "eval", "run")
+    assert code == 0 and f"from {source}" in out and "equal to the recorded row" in out
+    code, out, err = run(capsys, "eval", "run", "--task", 1)
+    if method == "full":
+        assert code == 1 and "Train with --checkpoints all" in err
+    else:
+        assert code == 0 and "equal to the recorded row" in out
+
+
 def test_eval_says_when_the_weights_are_others(capsys, tmp_path, no_plots):
     run(capsys, "train", *QUICK, "--out=run")
     checkpoint = tmp_path / "run" / "checkpoints" / "task_02.safetensors"

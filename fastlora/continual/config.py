@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastlora.continual.configs.base import MethodConfig, UsageError, check_count, check_one_of, nearest
+from fastlora.continual.configs.bounds import JointConfig, PerTaskConfig
+from fastlora.continual.configs.full import FullConfig, LwFConfig, WiSEFTConfig, ZSCLConfig
 from fastlora.continual.configs.gated import CoDyRAConfig, LoRAConfig, SoRAConfig
 from fastlora.continual.configs.rules import (
     ContributionProxConfig,
@@ -24,10 +26,16 @@ from fastlora.continual.configs.zero_shot import ZeroShotConfig
 __all__ = [
     "CONFIGS",
     "CoDyRAConfig",
+    "FullConfig",
+    "JointConfig",
     "LoRAConfig",
+    "LwFConfig",
     "MethodConfig",
+    "PerTaskConfig",
     "RunConfig",
     "UsageError",
+    "WiSEFTConfig",
+    "ZSCLConfig",
     "ZeroShotConfig",
     "check_one_of",
     "method_config",
@@ -99,6 +107,12 @@ CONFIGS: dict[str, type[MethodConfig]] = {
         RandomSelectionConfig,
         ContributionProxConfig,
         PathCreditConfig,
+        FullConfig,
+        WiSEFTConfig,
+        LwFConfig,
+        ZSCLConfig,
+        JointConfig,
+        PerTaskConfig,
     )
 }
 

@@ -1,4 +1,4 @@
-"""The supervised loss of CoDyRA (arXiv 2412.01004), as in its published code."""
+"""The supervised loss of CoDyRA (arXiv 2412.01004), as in its published code, and distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -30,3 +30,19 @@ def contrastive_loss(
     targets = F.one_hot(labels, len(text_features)).t().to(logits.dtype)  # [C, B]; a class twice in a batch has two 1s
     per_class = F.cross_entropy(logits.t(), targets, reduction="sum")
     return image_side + per_class / (seen_classes + len(text_features))
+
+
+def distillation_loss(teacher: Tensor, student: Tensor, temperature: float = 2.0) -> Tensor:
+    """T^2 times the cross-entropy of softmax(student / T) under softmax(teacher / T), mean over the rows.
+
+    Hinton et al. (arXiv 1503.02531); as in LwF (arXiv 1606.09282, Eq. 2 and 3, up to the factor T^2, which keeps the
+    size of the gradient) and ZSCL's published code. The gradient is that of T^2 KL(teacher || student): none where the
+    two agree up to a constant in each row. The value there is the teacher's entropy times T^2, not 0.
+
+    Args:
+        teacher, student: logits, [rows, choices].
+    Returns:
+        0-d tensor.
+    """
+    target = (teacher / temperature).softmax(dim=-1)
+    return F.cross_entropy(student / temperature, target) * temperature**2

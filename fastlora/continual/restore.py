@@ -6,7 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
+from fastlora.continual.config import method_config
 from fastlora.continual.manifest import hashes
+from fastlora.continual.methods import Method, build_method
 from fastlora.continual.saved_run import SavedRun
 from fastlora.continual.stream import TaskStream
 from fastlora.journal import Journal
@@ -22,29 +24,37 @@ def check_same_tests(run: SavedRun, stream: TaskStream) -> None:
             )
 
 
-def restore(model: nn.Module, run: SavedRun, task: int) -> str:
+def method_of(run: SavedRun) -> Method:
+    """The run's method with its options, as it is before the first task."""
+    return build_method(method_config(**run.config["method"]))
+
+
+def restore(model: nn.Module, run: SavedRun, task: int, method: Method | None = None) -> str:
     """Bring the benchmark's base model to the state after `task` (0: before training).
 
     The checkpoint of that task is read where it was kept; else the adapters of the tasks up to it are merged again, one
     after the other, which gives the same weights bit for bit.
 
+    Args:
+        method: `method_of` the run, for the caller to evaluate with: afterwards its evaluation_model gives what it gave
+            after that task.
     Returns:
         What was read, in words.
     Raises:
         ValueError: no such task in the run, or a file does not fit the model. FileNotFoundError: neither the checkpoint
             nor every adapter file is there.
     """
+    method = method or method_of(run)
     finished = run.record.finished_tasks
     if not 0 <= task <= finished:
         raise ValueError(f"task {task} was asked for; {run.path} has finished {finished} tasks. Give 0 to {finished}.")
-    if task == 0 or not run.record.ranks:
+    if task == 0 or not method.trains:
         return "the base model"
-    checkpoint = run.path / "checkpoints" / f"task_{task:02d}.safetensors"
-    if checkpoint.is_file():
+    checkpoint = run.path / "checkpoints" / f"task_{1 if method.joint else task:02d}.safetensors"
+    if checkpoint.is_file() and not method.per_dataset:
         _load_checkpoint(model, checkpoint)
         return str(checkpoint.relative_to(run.path))
-    Journal(run.path / "adapters").rebuild(model, after=task)
-    return f"{task} adapter files"
+    return method.rebuild(model, Journal(run.path / "adapters"), task)
 
 
 def _load_checkpoint(model: nn.Module, path: Path) -> None:

@@ -168,7 +168,8 @@ class Trainer:
             rank = getattr(config, "rank", 0)
             rows = [RankEntry(number, row.name, rank, row.active_rank, row.delta_norm) for row in ranks.rows]
             self.record.ranks.extend(rows)
-        if self._run and self.config.keeps_checkpoint(number, len(self.stream)):
+        trained = len(self.stream) if self.method.joint else number
+        if self._run and self.config.keeps_checkpoint(trained, len(self.stream)):
             self._run.save_checkpoint(number, model)
 
     def _context(self, number: int, task: Task, data: Dataset) -> TaskContext:
@@ -185,6 +186,7 @@ class Trainer:
             reference=self.stream.reference,
             tokenizer=self.tokenizer,
             device=self.device,
+            base=self._drift.start,
         )
 
     def _evaluate(self, what: str, known: Evaluation | None = None) -> Evaluation:

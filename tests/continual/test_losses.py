@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlora.continual.losses import contrastive_loss
+from fastlora.continual.losses import contrastive_loss, distillation_loss
 
 
 def published_loss(images, seen, current, labels, scale):
@@ -45,3 +45,24 @@ def test_logit_scale_may_have_one_element():
     images, text = torch.eye(2), torch.eye(2)
     loss = contrastive_loss(images, text, torch.tensor([0, 1]), torch.tensor([3.0]))
     assert loss.shape == ()
+
+
+def test_distillation_by_hand():
+    """Teacher (3/4, 1/4) and student (1/2, 1/2) at temperature 2: 4 ln 2, whatever the teacher."""
+    teacher, student = torch.tensor([[2 * math.log(3), 0.0]]), torch.zeros(1, 2)
+    assert float(distillation_loss(teacher, student, 2.0)) == pytest.approx(4 * math.log(2))
+    student = torch.tensor([[2 * math.log(4), 0.0]])  # (4/5, 1/5)
+    expected = -4 * (0.75 * math.log(0.8) + 0.25 * math.log(0.2))
+    assert float(distillation_loss(teacher, student, 2.0)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_distillation_gradient_is_the_difference_of_the_distributions():
+    """T (softmax(student / T) - softmax(teacher / T)) / rows; none where they agree up to a constant in each row."""
+    torch.manual_seed(0)
+    teacher, student = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    for given in (student, teacher + torch.randn(3, 1)):
+        given = given.clone().requires_grad_()
+        distillation_loss(teacher, given, 3.0).backward()
+        expected = 3.0 * ((given.detach() / 3).softmax(1) - (teacher / 3).softmax(1)) / 3
+        torch.testing.assert_close(given.grad, expected, rtol=1e-9, atol=1e-12)
+    assert float(given.grad.abs().max()) < 1e-6

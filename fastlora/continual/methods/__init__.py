@@ -9,12 +9,18 @@ from fastlora.continual.methods.base import AdapterMethod, Method, TaskContext
 from fastlora.continual.methods.codyra import CoDyRA
 from fastlora.continual.methods.contribution_prox import ContributionProx
 from fastlora.continual.methods.decay_b import DecayB
+from fastlora.continual.methods.full import FullFineTuning
+from fastlora.continual.methods.joint import Joint
 from fastlora.continual.methods.lora import LoRA
+from fastlora.continual.methods.lwf import LwF
 from fastlora.continual.methods.path_credit import PathCredit
+from fastlora.continual.methods.per_task import PerTask
 from fastlora.continual.methods.random_selection import RandomSelection
 from fastlora.continual.methods.sora import SoRA
 from fastlora.continual.methods.uniform_shrink import UniformShrink
+from fastlora.continual.methods.wise_ft import WiSEFT
 from fastlora.continual.methods.zero_shot import ZeroShot
+from fastlora.continual.methods.zscl import ZSCL
 
 METHODS: dict[str, type[Method]] = {
     cls.config_class.name: cls
@@ -28,6 +34,12 @@ METHODS: dict[str, type[Method]] = {
         RandomSelection,
         ContributionProx,
         PathCredit,
+        FullFineTuning,
+        WiSEFT,
+        LwF,
+        ZSCL,
+        Joint,
+        PerTask,
     )
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -39,6 +39,7 @@ class TaskContext:
         reference: the stream's images and texts of no task; None where it has none.
         tokenizer: list of texts -> [n, context] integers.
         device: of the model.
+        base: parameters of the model before the first task by name, on the CPU; not to be written to.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class TaskContext:
     reference: Reference | None = None
     tokenizer: Any = None
     device: torch.device = torch.device("cpu")
+    base: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method:
@@ -114,6 +116,22 @@ class Method:
 
     def abandon(self, model: nn.Module) -> None:
         """A task was cut short: leave the plain model as it was before the task."""
+
+    def rebuild(self, model: nn.Module, journal: Journal, task: int) -> str:
+        """Bring the base model to the state after `task` (from 1) of a run, by the run's journal.
+
+        Returns:
+            What was read, in words.
+        Raises:
+            FileNotFoundError: the journal does not tell.
+        """
+        if not self.journaled:
+            raise FileNotFoundError(
+                f"{self.config.name} leaves no adapters to rebuild the model after task {task} from, and its weights were "
+                "not kept. Train with --checkpoints all to keep those after every task."
+            )
+        journal.rebuild(model, after=task)
+        return f"{task} adapter files"
 
     def state_dict(self) -> dict[str, Tensor]:
         """What later tasks need beside the model: nothing of the images, so that no old data hides in a checkpoint."""

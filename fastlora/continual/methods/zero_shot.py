@@ -7,6 +7,6 @@ from fastlora.continual.methods.base import Method
 
 
 class ZeroShot(Method):
-    """No training: every row of the matrix is the base model's, nothing is learned and nothing forgotten."""
+    """No training: every row of the matrix is the base model's, nothing is learned and nothing forgotten. No paper."""
 
     config_class = ZeroShotConfig
