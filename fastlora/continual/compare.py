@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora.continual.config import check_one_of
+from fastlora.continual.config import UsageError, check_one_of
 from fastlora.continual.group_labels import labels_of, settings_of
 from fastlora.continual.record import LABEL_SPACES, RankEntry
 from fastlora.continual.saved_run import SavedRun
@@ -126,7 +126,10 @@ def group_runs(runs: Sequence[SavedRun]) -> list[Group]:
 
 def sort_groups(groups: Sequence[Group], key: str) -> list[Group]:
     """By 'label', or by a figure of the own label space, best first and undefined last; 'given' leaves the order."""
-    check_one_of("sort", key, SORT_KEYS)
+    try:
+        check_one_of("sort", key, SORT_KEYS)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if key == "given":
         return list(groups)
     if key == "label":

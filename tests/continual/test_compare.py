@@ -164,7 +164,7 @@ def test_order(runs):
     assert order("forgetting") == ["zero_shot", "codyra", "lora"]
     assert order("held_out") == ["zero_shot", "codyra", "lora"]
     assert order("mean_rank")[-1] == "zero_shot"  # has none
-    with pytest.raises(ValueError, match="sort is 'learned'; accepted: given, label, .* Did you mean 'learning'"):
+    with pytest.raises(UsageError, match="sort is 'learned'; accepted: given, label, .* Did you mean 'learning'"):
         sort_groups(groups, "learned")
 
 
