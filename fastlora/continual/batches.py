@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -24,20 +26,55 @@ def epoch_order(images: int, seed: int, task: int, epoch: int) -> Tensor:
 
 
 def batches(data: Dataset, batch_size: int, seed: int, task: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [B, 3, H, W] and labels [B], without end; an epoch's last batch may be short, as in the published code."""
-    epoch = 0
-    while True:
-        for indices in epoch_order(len(data), seed, task, epoch).split(batch_size):
-            yield gather(data, indices)
-        epoch += 1
+    """Images [B, 3, H, W] and labels [B], without end; an epoch's last batch may be short, as in the published code.
+
+    Random crops are functions of (seed, task, epoch, place in the epoch) alone, whatever was drawn before.
+    """
+    return _ahead(data, _training_order(len(data), batch_size, seed, task))
 
 
-def gather(data: Dataset, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The items at `indices` as one batch."""
+def in_order(data: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, in the order of the data set."""
+    return _ahead(data, ((indices, None) for indices in torch.arange(len(data)).split(batch_size)))
+
+
+def gather(data: Dataset, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """The items at `indices` as one batch.
+
+    A data set with a method `load` makes the batch itself: `load(indices, generator)`, where the generator is for
+    random crops and None outside of training.
+    """
     if isinstance(data, InMemoryImages):
         return data.images[indices], data.labels[indices]
+    if hasattr(data, "load"):
+        return data.load(indices.tolist(), generator)
     items = [data[i] for i in indices.tolist()]
     return torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items])
+
+
+def _training_order(
+    images: int, batch_size: int, seed: int, task: int
+) -> Iterator[tuple[Tensor, torch.Generator | None]]:
+    for epoch in itertools.count():
+        for place, indices in enumerate(epoch_order(images, seed, task, epoch).split(batch_size)):
+            yield indices, generator_for(seed, "crops", task, epoch, place)
+
+
+def _ahead(data: Dataset, order: Iterator[tuple[Tensor, torch.Generator | None]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `order`; where a data set decodes images, the next one while the last one is worked on."""
+    if not hasattr(data, "load"):
+        for indices, generator in order:
+            yield gather(data, indices, generator)
+        return
+    with ThreadPoolExecutor(1, "load") as thread:
+        waiting = None
+        for indices, generator in order:
+            following = thread.submit(gather, data, indices, generator)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
 
 
 def all_labels(data: Dataset) -> Sequence[int]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.continual.batches import gather
+from fastlora.continual.batches import in_order
 from fastlora.continual.stream import Task, TaskStream
 from fastlora.continual.text import cut_context, encode_text
 
@@ -100,8 +100,7 @@ def _accuracies(model: nn.Module, task: Task, heads: list[tuple[Tensor, int]], b
 
 def _image_features(model: Any, task: Task, batch_size: int) -> tuple[Tensor, Tensor]:
     device, features, labels = _device(model), [], []
-    for indices in torch.arange(len(task.test)).split(batch_size):
-        images, targets = gather(task.test, indices)
+    for images, targets in in_order(task.test, batch_size):
         features.append(model.encode_image(images.to(device), normalize=True))
         labels.append(targets)
     return _finite(torch.cat(features), f"image features of {task.name!r}"), torch.cat(labels).to(device)
