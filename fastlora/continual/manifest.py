@@ -15,7 +15,7 @@ from fastlora.continual.batches import all_labels
 from fastlora.continual.stream import Reference, Task, TaskStream
 from fastlora.continual.text import why_uncut
 
-_PACKAGES = ("fastlora", "torch", "open_clip_torch", "triton", "numpy", "safetensors")
+_PACKAGES = ("fastlora", "torch", "torchvision", "open_clip_torch", "pillow", "triton", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str | None]:
@@ -35,29 +35,114 @@ def describe(model: nn.Module, stream: TaskStream, device: torch.device) -> dict
         "threads": torch.get_num_threads(),
         "hashes": {task.name: hashes(task) for task in stream.tasks} | held_out,
         "reference": None if stream.reference is None else reference_hashes(stream.reference),
+        "training": training(stream),
+        "class_names": {task.name: list(task.classes) for task in stream.tasks},
+        "templates": {task.name: list(task.templates) for task in stream.tasks},
         "duplicate_classes": {name: list(tasks) for name, tasks in stream.duplicate_classes().items()},
+        "union_ceiling": union_ceiling(stream),
         "text_context": why_uncut(model) or "cut after the last end-of-text token",
     }
 
 
 def hashes(task: Task) -> dict[str, Any]:
-    """Sizes, and SHA-256 of class names, templates and test labels."""
+    """Sizes, and SHA-256 of class names, templates, test labels and, where a data set has them, names of test images."""
+    files = getattr(task.test, "files", None)
+    named = {} if files is None else {"test_files_sha256": _sha256(list(files))}
     return {
         "classes": len(task.classes),
         "test_images": len(task.test),
         "classes_sha256": _sha256(list(task.classes)),
         "templates_sha256": _sha256(list(task.templates)),
         "test_labels_sha256": _sha256([int(label) for label in all_labels(task.test)]),
+    } | named
+
+
+def training(stream: TaskStream) -> dict[str, dict[str, Any]]:
+    """Per task whose images have names: how many train, how many of them are distinct, and SHA-256 of the names in order.
+
+    Fewer distinct images than images: some class has fewer than the shots, and was drawn with replacement.
+    """
+    return {
+        task.name: {"images": len(files), "distinct": len(set(files)), "files_sha256": _sha256(list(files))}
+        for task, files in zip(stream.tasks, stream.train_files)
+        if files is not None
     }
 
 
 def reference_hashes(reference: Reference) -> dict[str, Any]:
-    """Sizes, and SHA-256 of the texts; the images are not looked at, which may cost more than a method that uses none."""
+    """Sizes, and SHA-256 of the texts and, where they have them, the images' names.
+
+    The images are not looked at, which may cost more than a method that uses none.
+    """
+    files = getattr(reference.images, "files", None)
+    named = {} if files is None else {"files_sha256": _sha256(list(files))}
     return {
         "images": len(reference.images),
         "texts": len(reference.texts),
         "texts_sha256": _sha256(list(reference.texts)),
-    }
+    } | named
+
+
+def union_ceiling(stream: TaskStream) -> dict[str, float]:
+    """Per task, the highest accuracy in percent that the union of all classes allows; "mean" of them.
+
+    Classes of the same prompts have the same embedding, and the first of them in the union takes every image of all.
+    """
+    taken: set[tuple[str, ...]] = set()
+    ceilings = {}
+    for task in stream.tasks:
+        prompts = [tuple(template.format(name) for template in task.templates) for name in task.classes]
+        lost = {label for label, texts in enumerate(prompts) if texts in taken}
+        labels = [int(label) for label in all_labels(task.test)]
+        ceilings[task.name] = 100.0 * sum(label not in lost for label in labels) / len(labels)
+        taken.update(prompts)
+    return ceilings | {"mean": sum(ceilings.values()) / len(ceilings)}
+
+
+def differences(manifest: dict[str, Any], stream: TaskStream, *, with_training: bool) -> list[str]:
+    """What a stream has otherwise than the run of this manifest, in words; nothing where it is the same.
+
+    Args:
+        with_training: also the training images, which a run that goes on needs and an evaluation does not.
+    """
+    found = []
+    for task in stream.tasks:
+        recorded, now = manifest["hashes"].get(task.name), hashes(task)
+        if recorded is None:
+            found.append(f"task {task.name!r} is no task of the run")
+            continue
+        found += _class_differences(task, manifest.get("class_names", {}).get(task.name))
+        for key, what in _TOLD.items():
+            if recorded.get(key) != now.get(key):
+                found.append(f"{task.name!r} has other {what}")
+    if with_training:
+        recorded = manifest.get("training", {})
+        found += [
+            f"{name!r} has other training images"
+            for name, facts in training(stream).items()
+            if recorded.get(name) != facts
+        ]
+        reference = None if stream.reference is None else reference_hashes(stream.reference)
+        if manifest.get("reference") != reference:
+            found.append("the reference data is another")
+    return found
+
+
+_TOLD = {
+    "classes_sha256": "classes",
+    "templates_sha256": "prompts",
+    "test_labels_sha256": "test labels",
+    "test_files_sha256": "test images",
+}
+
+
+def _class_differences(task: Task, recorded: list[str] | None) -> list[str]:
+    if recorded is None or recorded == list(task.classes):
+        return []
+    gone = [name for name in recorded if name not in task.classes]
+    new = [name for name in task.classes if name not in recorded]
+    told = [f"{what} {', '.join(map(repr, names))}" for what, names in (("without", gone), ("with", new)) if names]
+    return [f"{task.name!r} is now {' and '.join(told)}" if told else f"{task.name!r} has its classes in another order"]
 
 
 def _sha256(value: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from fastlora.continual.config import method_config
-from fastlora.continual.manifest import hashes
+from fastlora.continual.manifest import differences
 from fastlora.continual.methods import Method, build_method
 from fastlora.continual.saved_run import SavedRun
 from fastlora.continual.stream import TaskStream
@@ -15,13 +15,21 @@ from fastlora.journal import Journal
 
 
 def check_same_tests(run: SavedRun, stream: TaskStream) -> None:
-    """Raises ValueError unless the benchmark still has the classes, prompts and test labels that the run saw."""
-    for task in stream.tasks:
-        if run.manifest["hashes"].get(task.name) != hashes(task):
-            raise ValueError(
-                f"{run.path} was measured on other classes, prompts or test labels of {task.name!r} than the benchmark "
-                "has now; its figures cannot be checked. Install the versions that its manifest.json tells."
-            )
+    """Raises ValueError unless the benchmark still has the classes, prompts and test images that the run saw."""
+    _refuse(run, differences(run.manifest, stream, with_training=False), "its figures cannot be checked")
+
+
+def check_same_data(run: SavedRun, stream: TaskStream) -> None:
+    """Raises ValueError unless, beside the tests, the training images are those that the run saw: to go on with it."""
+    _refuse(run, differences(run.manifest, stream, with_training=True), "it cannot go on")
+
+
+def _refuse(run: SavedRun, found: list[str], consequence: str) -> None:
+    if found:
+        raise ValueError(
+            f"{run.path} was measured on other classes, prompts or images than the benchmark has now, so {consequence}: "
+            f"{'; '.join(found)}. Restore the data sets, or install the versions that its manifest.json tells."
+        )
 
 
 def method_of(run: SavedRun) -> Method:

@@ -172,6 +172,8 @@ class TaskStream:
     tasks: Sequence[Task]
     held_out: Task | None = None
     reference: Reference | None = None
+    # names of the training images, where a data set tells them in `files`; kept when the images are given up
+    train_files: tuple[tuple[str, ...] | None, ...] = dataclasses.field(init=False, repr=False, compare=False)
     # state, not value: which training data is still there
     _train: list[Dataset | None] = dataclasses.field(init=False, repr=False, compare=False)
     _opened: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)  # newest opened task
@@ -191,6 +193,7 @@ class TaskStream:
             raise ValueError(
                 f"stream {self.name!r} repeats the task names {repeated}; names must be distinct. Rename them."
             )
+        object.__setattr__(self, "train_files", tuple(getattr(task.train, "files", None) for task in given))
         object.__setattr__(self, "_train", [task.train for task in given])
         object.__setattr__(self, "tasks", tuple(dataclasses.replace(task, train=None) for task in given))
 
