@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = [
     "fastlora",
     "fastlora.continual",
+    "fastlora.continual.configs",
+    "fastlora.continual.datasets",
     "fastlora.continual.demo",
     "fastlora.continual.methods",
     "fastlora.modules",

@@ -70,11 +70,9 @@ def train(argv: Sequence[str]) -> None:
         from fastlora.continual.benchmarks import benchmark
         from fastlora.continual.report import write_report
         from fastlora.continual.trainer import Trainer
-    loaded = benchmark(config.benchmark).load(config.seed)
-    keys = ("device", "backend", "eval_batch_size", "log_every", "checkpoints", "log_to")
-    options = {key: getattr(config, key) for key in keys}
+    loaded = benchmark(config.benchmark).load(config)
     try:
-        Trainer(*loaded, config.method, seed=config.seed, out=out, **options).fit()
+        Trainer(*loaded, config=config, out=out).fit()
     except BaseException:
         if (out / "manifest.json").exists():
             print(f"{out} holds the finished tasks; `fastlora report {out}` shows them.", file=sys.stderr)
@@ -98,7 +96,8 @@ def evaluate(argv: Sequence[str]) -> None:
     with _needs("eval", "open_clip", "sklearn"):
         from fastlora.continual import evaluation, restore
         from fastlora.continual.benchmarks import benchmark
-    loaded = benchmark(run.config["benchmark"]).load(run.config["seed"])
+        from fastlora.continual.config import run_config
+    loaded = benchmark(run.config["benchmark"]).load(run_config(run.config))
     restore.check_same_tests(run, loaded.stream)
     number = run.record.finished_tasks if options.task is None else options.task
     method = restore.method_of(run)

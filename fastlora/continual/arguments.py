@@ -13,8 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlora.continual.benchmarks import BENCHMARKS, benchmark
-from fastlora.continual.config import CONFIGS, MethodConfig, RunConfig, UsageError, check_one_of, method_config
+from fastlora.continual.benchmarks import BENCHMARKS, Benchmark, benchmark
+from fastlora.continual.config import (
+    CONFIGS,
+    DataConfig,
+    MethodConfig,
+    RunConfig,
+    UsageError,
+    check_one_of,
+    run_config,
+)
 
 _DESCRIPTION = """Train a method on a benchmark and write a run directory. Default: CoDyRA on the embedded benchmark.
 The options --method.KEY are those of the method asked for: `fastlora train --method lora --help`."""
@@ -44,7 +52,7 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     bench = _value_of("--benchmark", arguments) or bench
     try:
         check_one_of("method", method, CONFIGS)
-        parser = _parser(CONFIGS[method], benchmark(bench).preset(CONFIGS[method]))
+        parser = _parser(CONFIGS[method], benchmark(bench))
         for path, config in configs:
             _check_keys(path, config, CONFIGS[method])
         known = [option for action in parser._actions for option in action.option_strings]
@@ -54,10 +62,9 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
         # files first, so that an option decides also when it stands before --config
         given = [part for _, config in configs for part in ("--config", _dump(config))]
         values = parser.parse_args([*given, *arguments]).as_dict()
-        options = values.pop("method")
         out = values.pop("out")
         values.pop("config")
-        run = RunConfig(**values, method=method_config(options.pop("name"), **options))
+        run = benchmark(bench).completed(run_config(values))
     except ArgumentError as error:
         raise UsageError(f"{' '.join(str(error).split())}. See `fastlora train --method {method} --help`.") from None
     except ValueError as error:
@@ -65,19 +72,20 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     return TrainArguments(run, None if out is None else Path(out))
 
 
-def _parser(config: type[MethodConfig], preset: dict[str, Any]) -> Any:
+def _parser(config: type[MethodConfig], bench: Benchmark) -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="fastlora train", description=_DESCRIPTION, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; options on the command line override it.")
-    parser.add_class_arguments(RunConfig, None, as_group=False, skip={"method"})
+    parser.add_class_arguments(RunConfig, None, as_group=False, skip={"method", "data"})
+    parser.add_class_arguments(DataConfig, "data", as_group=False)
     parser.add_argument(
         "--out", type=str, default=None, help="run directory to make (default: runs/BENCHMARK-METHOD-seedN)."
     )
     names = f"also written --method NAME; one of {', '.join(CONFIGS)}. Benchmarks: {', '.join(BENCHMARKS)}."
     parser.add_argument("--method.name", type=str, default=config.name, help=names)
     parser.add_class_arguments(config, "method", as_group=False)
-    parser.set_defaults({f"method.{key}": value for key, value in preset.items()})
+    parser.set_defaults({f"method.{key}": value for key, value in bench.preset(config).items()} | bench.options)
     return parser
 
 
@@ -128,6 +136,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} holds a {type(config).__name__}; it must hold `key: value` lines.")
     if isinstance(config.get("method"), str):
         config["method"] = {"name": config["method"]}
+    if not isinstance(config.get("data") or {}, dict):
+        raise UsageError(f"--config {path}: data is {config['data']!r}; give a mapping, such as `data: {{root: DIR}}`.")
     if not isinstance(config.get("method", {}), dict):
         raise UsageError(f"--config {path}: method is {config['method']!r}; give its name, or a mapping with a name.")
     return config
@@ -136,6 +146,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_keys(path: Path, config: dict[str, Any], method: type[MethodConfig]) -> None:
     for key in config:
         check_one_of(f"--config {path}: key", key, [field.name for field in dataclasses.fields(RunConfig)] + ["out"])
+    for key in config.get("data") or {}:
+        check_one_of(f"--config {path}: key of data", key, [field.name for field in dataclasses.fields(DataConfig)])
     for key in config.get("method", {}):
         accepted = ["name", *(field.name for field in dataclasses.fields(method))]
         check_one_of(f"--config {path}: key of method {method.name}", key, accepted)

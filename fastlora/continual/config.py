@@ -12,6 +12,7 @@ from typing import Any
 
 from fastlora.continual.configs.base import MethodConfig, UsageError, check_count, check_one_of, nearest
 from fastlora.continual.configs.bounds import JointConfig, PerTaskConfig
+from fastlora.continual.configs.data import DataConfig
 from fastlora.continual.configs.full import FullConfig, LwFConfig, WiSEFTConfig, ZSCLConfig
 from fastlora.continual.configs.gated import CoDyRAConfig, LoRAConfig, SoRAConfig
 from fastlora.continual.configs.rules import (
@@ -28,6 +29,7 @@ __all__ = [
     "CoDyRAConfig",
     "FullConfig",
     "JointConfig",
+    "DataConfig",
     "LoRAConfig",
     "LwFConfig",
     "MethodConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "check_one_of",
     "method_config",
     "nearest",
+    "run_config",
 ]
 
 LOG_TO = ("tensorboard", "wandb")
@@ -59,6 +62,9 @@ class RunConfig:
         log_every: iterations from one line of log.csv to the next.
         checkpoints: merged weights to keep: last (after the last task), all, or none. The adapters are always kept.
         log_to: where figures go beside log.csv, out of tensorboard and wandb; each needs its package.
+        data: the images, for benchmarks that read them from disk.
+        model: architecture of open_clip, or a JSON file that describes one; None for the benchmark's own.
+        pretrained: open_clip's tag of the weights, or a file of them; None for the benchmark's own.
     """
 
     benchmark: str = "demo"
@@ -70,6 +76,9 @@ class RunConfig:
     log_every: int = 10
     checkpoints: str = "last"
     log_to: tuple[str, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    model: str | None = None
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, MethodConfig):
@@ -84,6 +93,8 @@ class RunConfig:
         object.__setattr__(self, "log_to", tuple(dict.fromkeys(self.log_to)))
         for name in self.log_to:
             check_one_of("log_to", name, LOG_TO)
+        if not isinstance(self.data, DataConfig):
+            raise ValueError(f"data is {self.data!r}; it must be a config. Build one, such as DataConfig(root=...).")
 
     def keeps_checkpoint(self, task: int, tasks: int) -> bool:
         """Whether the merged weights after `task` (from 1) of `tasks` are saved."""
@@ -92,7 +103,7 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML; what `fastlora train --config` reads."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return values | {"method": self.method.as_dict(), "log_to": list(self.log_to)}
+        return values | {"method": self.method.as_dict(), "data": self.data.as_dict(), "log_to": list(self.log_to)}
 
 
 CONFIGS: dict[str, type[MethodConfig]] = {
@@ -128,3 +139,9 @@ def method_config(name: str, **options: Any) -> MethodConfig:
     for option in options:
         check_one_of(f"option of method {name}", option, accepted)
     return CONFIGS[name](**options)
+
+
+def run_config(values: dict[str, Any]) -> RunConfig:
+    """The config that `RunConfig.as_dict` gave these values of, such as the config.yaml of a run."""
+    method, data = values["method"], values.get("data") or {}
+    return RunConfig(**values | {"method": method_config(**method), "data": DataConfig(**data)})

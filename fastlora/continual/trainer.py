@@ -45,6 +45,7 @@ class Trainer:
             Torch's global generator is seeded from it at every task, for models that drop something out.
         out: run directory to make; None keeps everything in memory.
         progress: print a bar or lines.
+        config: the whole run's config; it takes the place of method, seed and options.
         options: further fields of RunConfig (device, backend, eval_batch_size, log_every, checkpoints, log_to).
     Raises:
         ValueError: an option is out of range. FileExistsError, OSError: `out` cannot be made.
@@ -60,10 +61,11 @@ class Trainer:
         seed: int = 0,
         out: str | os.PathLike[str] | None = None,
         progress: bool = True,
+        config: RunConfig | None = None,
         **options: Any,
     ) -> None:
-        self.config = RunConfig(benchmark=stream.name, method=method, seed=seed, **options)
-        self.method = build_method(method, backend=self.config.backend)
+        self.config = config or RunConfig(benchmark=stream.name, method=method, seed=seed, **options)
+        self.method = build_method(self.config.method, backend=self.config.backend)
         self.device = _device(self.config.device)
         self.model: Any = model.to(self.device)
         self.tokenizer, self.stream = tokenizer, stream
@@ -74,7 +76,7 @@ class Trainer:
         self._run: RunDir | None = None
         self._drift = Drift(self.model)
         self._spent = {"train": 0.0, "evaluate": 0.0}
-        self._progress = Progress(method.name, progress)
+        self._progress = Progress(self.config.method.name, progress)
         self._loggers, self._steps = Loggers(self.config.log_to, self.out, self.config.as_dict()), 0
 
     def fit(self) -> Record:

@@ -1,0 +1,39 @@
+"""Images and sentences of no task, for methods that hold the model to what it said of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastlora.continual.datasets.formats import read_lines
+from fastlora.continual.datasets.images import Decoder, LazyImages
+from fastlora.continual.datasets.names import readable
+from fastlora.continual.datasets.prompts import SINGLE
+from fastlora.continual.datasets.split import SUFFIXES, DataError, Images, folder_names
+from fastlora.continual.datasets.transforms import Transforms
+from fastlora.continual.datasets.verify import check_images
+from fastlora.continual.stream import Reference
+
+
+def reference_data(
+    folder: Path, captions: Path | None, transforms: Transforms, decoder: Decoder, verify: str
+) -> Reference:
+    """Every image below `folder`, prepared as for tests, and the lines of `captions`.
+
+    Without captions the texts are "a photo of a {}." of the names of its folders, such as ImageNet's classes.
+
+    Raises:
+        DataError: no directory, no images, an image that cannot be read, or no texts.
+    """
+    if not folder.is_dir():
+        raise DataError(f"data.reference is {folder}, which is no directory. Give one with images.")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not names:
+        raise DataError(f"data.reference is {folder}, which has no images ({', '.join(SUFFIXES)}).")
+    texts = read_lines(captions) if captions else [SINGLE[0].format(name) for name in readable(folder_names(folder))]
+    if not texts:
+        raise DataError(
+            f"{captions or folder} gives no texts. Put one sentence a line into a file and pass --data.captions FILE."
+        )
+    check_images((folder / name for name in names), decoder, verify)
+    images = LazyImages(folder, Images(tuple(names), (0,) * len(names)), transforms, decoder, training=False)
+    return Reference(images, tuple(texts))

@@ -1,0 +1,147 @@
+"""Decoding, crops and the cache, against open_clip's own transforms."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from fastlora.continual.batches import batches, gather, generator_for, in_order
+from fastlora.continual.datasets.images import Decoder, LazyImages
+from fastlora.continual.datasets.split import Images
+from fastlora.continual.datasets.transforms import random_box
+
+SIZES = ((40, 30), (16, 16), (9, 50), (200, 17), (33, 70), (16, 31))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for number, (width, height) in enumerate(SIZES):
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        image.convert("L" if number == 1 else "RGB").save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def make(folder, transforms):
+    def make(training=False, workers=1, cache=0, pixels=None):
+        names = tuple(f"{number}.png" for number in range(len(SIZES)))
+        images = Images(names, (0, 1, 2, 0, 1, 2), pixels)
+        return LazyImages(folder, images, transforms, Decoder(workers, cache), training=training)
+
+    return make
+
+
+def test_test_images_are_open_clips_bit_for_bit(make, folder, transform_pair):
+    data = make()
+    images, labels = data.load(range(len(data)))
+    assert images.dtype == torch.float32 and images.shape == (6, 3, 16, 16) and labels.tolist() == [0, 1, 2, 0, 1, 2]
+    for number, image in enumerate(images):
+        expected = transform_pair[1](Image.open(folder / f"{number}.png").convert("RGB"))
+        assert torch.equal(image, expected)
+    assert torch.equal(data[4][0], images[4]) and data[4][1] == 1
+    with pytest.raises(IndexError):
+        data[6]
+
+
+def test_training_images_are_open_clips_with_the_same_draws(make, folder, transform_pair):
+    images, _ = make(training=True).load([0, 3, 0], torch.Generator().manual_seed(7))
+    torch.manual_seed(7)
+    for number, image in zip((0, 3, 0), images):
+        assert torch.equal(image, transform_pair[0](Image.open(folder / f"{number}.png").convert("RGB")))
+    assert not torch.equal(images[0], images[2])  # each draw is a new one
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (500, 20), (20, 500), (1, 1), (3, 64)])
+def test_boxes_are_torchvisions(shape):
+    for scale in ((0.9, 1.0), (0.08, 1.0)):
+        for seed in range(40):
+            torch.manual_seed(seed)
+            expected = RandomResizedCrop.get_params(torch.empty(3, *shape), list(scale), [3 / 4, 4 / 3])
+            box = random_box(*shape, scale, (3 / 4, 4 / 3), torch.Generator().manual_seed(seed))
+            assert box == tuple(expected)
+
+
+def test_threads_and_the_global_generator_change_nothing(make):
+    """Same batches with one thread and with four, whatever is drawn beside them."""
+    expected = []
+    for workers in (1, 4):
+        stream = batches(make(training=True, workers=workers), 4, seed=3, task=2)
+        got = []
+        for number in range(5):
+            torch.manual_seed(number * workers)
+            got.append(next(stream))
+        expected = expected or got
+        for (images, labels), (others, other_labels) in zip(got, expected):
+            assert torch.equal(images, others) and torch.equal(labels, other_labels)
+        assert [len(labels) for _, labels in got] == [4, 2, 4, 2, 4]
+    first, second = (next(batches(make(training=True), 4, seed=seed, task=2))[0] for seed in (3, 4))
+    assert not torch.equal(first, second)
+
+
+def test_drawing_leaves_the_global_generator_alone(make):
+    before = torch.get_rng_state()
+    make(training=True).load([0, 1, 2], torch.Generator().manual_seed(0))
+    make(training=True).load([0, 1, 2])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_batch_is_a_function_of_its_place(make):
+    """What a run that is resumed in an epoch needs: crops do not depend on the batches before."""
+    data = make(training=True)
+    stream = batches(data, 4, seed=0, task=1)
+    second = [next(stream), next(stream)][1]
+    from fastlora.continual.batches import epoch_order
+
+    again = gather(data, epoch_order(6, 0, 1, 0)[4:], generator_for(0, "crops", 1, 0, 1))
+    assert torch.equal(second[0], again[0]) and torch.equal(second[1], again[1])
+
+
+def test_training_images_without_a_generator_are_always_the_same(make):
+    data = make(training=True)
+    assert torch.equal(data[3][0], data.load([5, 3])[0][1]) and torch.equal(data[3][0], data[3][0])
+
+
+def test_cache_gives_the_same_and_reads_no_file_again(make, folder):
+    size = 3 * 16 * 16
+    data, plain = make(cache=4 * size), make()
+    expected = torch.cat([images for images, _ in in_order(plain, 4)])
+    for _ in range(2):
+        assert torch.equal(torch.cat([images for images, _ in in_order(data, 4)]), expected)
+    for number in range(4):  # as many as there was room for
+        (folder / f"{number}.png").unlink()
+    assert torch.equal(data.load(range(6))[0], expected)
+    (folder / "4.png").unlink()
+    with pytest.raises(ValueError, match="4.png cannot be decoded"):
+        data.load([4])
+
+
+def test_cache_is_shared_and_bounded(make):
+    size = 3 * 16 * 16
+    decoder = Decoder(1, 2 * size + 1)
+    assert decoder.reserve(size) and decoder.reserve(size) and not decoder.reserve(size) and decoder.reserve(1)
+    assert not decoder.reserve(1)
+
+
+def test_grey_pixels_become_rgb(make, transforms):
+    pixels = np.arange(6 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(6, 28, 28)
+    images, _ = make(pixels=pixels).load([2])
+    raw = images[0] * torch.tensor(transforms.std)[:, None, None] + torch.tensor(transforms.mean)[:, None, None]
+    assert torch.allclose(raw[0], raw[2], atol=1e-6) and images.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("damage", [b"no image", b""])
+def test_a_damaged_image_is_named(make, folder, damage):
+    (folder / "2.png").write_bytes(damage)
+    for training in (False, True):
+        with pytest.raises(ValueError, match=r"2.png cannot be decoded \(.*verify decode finds all"):
+            make(training=training).load([0, 2])
+
+
+def test_a_truncated_image_is_named_and_the_stream_stops(make, folder):
+    content = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="0.png cannot be decoded"):
+        list(in_order(make(), 2))
