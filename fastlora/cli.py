@@ -96,8 +96,7 @@ def evaluate(argv: Sequence[str]) -> None:
     with _needs("eval", "open_clip", "sklearn"):
         from fastlora.continual import evaluation, restore
         from fastlora.continual.benchmarks import benchmark
-        from fastlora.continual.config import run_config
-    loaded = benchmark(run.config["benchmark"]).load(run_config(run.config))
+    loaded = benchmark(run.config["benchmark"]).load(run.run_config)
     restore.check_same_tests(run, loaded.stream)
     number = run.record.finished_tasks if options.task is None else options.task
     method = restore.method_of(run)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlora.continual.config import RunConfig, method_config
+from fastlora.continual.config import RunConfig, run_config
 from fastlora.continual.group_labels import is_control
 from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_dir import TABLES
@@ -38,7 +38,7 @@ class SavedRun:
     @property
     def run_config(self) -> RunConfig:
         """The settings, checked again. Raises ValueError where this version does not have them."""
-        return RunConfig(**(self.config | {"method": method_config(**self.config["method"])}))
+        return run_config(self.config)
 
     @property
     def stages(self) -> list[str]:

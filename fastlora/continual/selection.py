@@ -108,7 +108,7 @@ def measure(run: RunConfig, say: Callable[[str], None] = lambda line: None) -> S
         raise ValueError(
             f"method {run.method.name} selects no components; those that do: {', '.join(selecting)}. Compare a run of one."
         )
-    tasks = tuple(task.name for task in benchmark(run.benchmark).load(run.seed).stream.tasks[:2])
+    tasks = tuple(task.name for task in benchmark(run.benchmark).load(run).stream.tasks[:2])
     first, *others = starts(run.seed, len(tasks), draws=method(run.method).draws)
     kept = []
     for number, (name, start) in enumerate([first, *others], start=1):
@@ -132,7 +132,7 @@ def starts(seed: int, tasks: int, draws: str) -> list[tuple[str, Start]]:
 
 def kept_components(run: RunConfig, start: Start) -> Kept:
     """Train one task from `start` on the plain model; what survives."""
-    loaded = benchmark(run.benchmark).load(start.data)
+    loaded = benchmark(run.benchmark).load(dataclasses.replace(run, seed=start.data))
     train = loaded.stream.open_task(start.task)
     # nobody looks at the accuracies here, so the training images, which are few, stand in for the test images
     task = dataclasses.replace(loaded.stream.tasks[start.task], train=train, test=train)

@@ -24,11 +24,11 @@ SHORT = {"rank": 12, "iterations": 8, "batch_size": 8}
 def tiny_benchmark(monkeypatch, make_clip, make_task, tokenizer):
     """Two tasks; the seed chooses the noise of the training images."""
 
-    def load(seed):
+    def load(config):
         tasks = []
         for number, name in enumerate(("red", "green"), start=1):
             task = make_task(name, 3, seed=number)
-            noise = 0.5 * torch.randn(task.train.images.shape, generator=generator_for(seed, name))
+            noise = 0.5 * torch.randn(task.train.images.shape, generator=generator_for(config.seed, name))
             tasks.append(dataclasses.replace(task, train=InMemoryImages(task.train.images + noise, task.train.labels)))
         return Loaded(make_clip(), tokenizer, TaskStream("tiny", tasks))
 
@@ -108,7 +108,7 @@ def drawn(monkeypatch):
 
 def test_gates_and_lora_a_are_drawn_apart(drawn, make_clip, tokenizer):
     run = run_of("codyra", iterations=1)
-    stream = BENCHMARKS["tiny"].load(3).stream
+    stream = BENCHMARKS["tiny"].load(run).stream
     Trainer(make_clip(), tokenizer, stream, run.method, seed=3, progress=False).fit()
     of_the_trainer = drawn.pop(0)
     drawn.clear()
@@ -126,7 +126,7 @@ def test_gates_and_lora_a_are_drawn_apart(drawn, make_clip, tokenizer):
 def test_survivors_are_those_of_a_run(name, make_clip, tokenizer):
     """Observed without early removal, and counted as drawn: as many in each module as the trainer keeps."""
     run = run_of(name)
-    stream = BENCHMARKS["tiny"].load(3).stream
+    stream = BENCHMARKS["tiny"].load(run).stream
     trainer = Trainer(make_clip(), tokenizer, stream, run.method, seed=3, progress=False)
     record = trainer.fit()
     kept = kept_components(run, Start(3, 3, 3))
