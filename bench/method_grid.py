@@ -22,8 +22,30 @@ class Entry:
 
 GRID = (
     Entry("zero-shot", "zero_shot", values=()),
-    *(Entry(f"LoRA r={rank}", "lora", {"rank": rank}) for rank in (64, 16, 4, 1)),
+    Entry("LoRA r=16", "lora"),
     Entry("CoDyRA", "codyra"),
+    Entry("CoDyRA, gates without gradient", "codyra", {"gates": "null_control"}),
+    Entry("uniform shrink", "uniform_shrink"),
+    Entry("uniform shrink, merged x 0.75", "uniform_shrink", {"merge_scale": 0.75}),
+    Entry("LoRA r=4", "lora", {"rank": 4}),
+    Entry("LoRA r=1", "lora", {"rank": 1}),
+    Entry("LoRA r=64", "lora", {"rank": 64}),
+    Entry("LoRA r=16, merged x 0.5", "lora", {"merge_scale": 0.5}),
+    Entry("full fine-tuning", "full", values=FULL_LRS),
+    Entry("ZSCL", "zscl", values=FULL_LRS),
+    Entry("per task, task known", "per_task"),
+    Entry("joint", "joint"),
+    Entry("WiSE-FT", "wise_ft", values=FULL_LRS),
+    Entry("LwF", "lwf", values=FULL_LRS),
+    Entry("CoDyRA, gates shrunk at once and frozen", "codyra", {"gates": "preshrunk"}),
+    Entry("CoDyRA, random gates, no pruning", "codyra", {"gates": "random"}),
+    Entry("CoDyRA, gates from 1", "codyra", {"gate_init": "ones"}),
+    Entry("decay of B", "decay_b"),
+    Entry("random half + uniform shrink", "random_selection", {"shrink": 1.0}),
+    Entry("path credit + uniform shrink", "path_credit", {"shrink": 1.0}),
+    Entry("path credit per module + uniform shrink", "path_credit", {"shrink": 1.0, "budget": "module"}),
+    Entry("contribution prox", "contribution_prox"),
+    Entry("SoRA", "sora"),
 )
 
 _SCALES = (0.35, 0.5, 0.75, 1.0)

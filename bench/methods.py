@@ -1,5 +1,6 @@
 """Every method on the embedded benchmark: learning rates chosen on validation sets, figures on test sets.
 
+python bench/methods.py run --runs DIR              all of the following, a few methods at a time
 python bench/methods.py sweep --runs DIR            one seed of each method and learning rate, on the validation sets
 python bench/methods.py test --runs DIR             three seeds of each method at its best rate, on the test sets
 python bench/methods.py show --runs DIR --out bench/results/methods.json --docs docs/methods.md
@@ -114,7 +115,7 @@ def write_docs(result: dict[str, Any], page: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "test", "show"))
+    parser.add_argument("what", choices=("run", "sweep", "test", "show"))
     parser.add_argument("--runs", type=Path, required=True, help="where the runs are")
     parser.add_argument("--only", nargs="+", help="labels of the grid; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -133,8 +134,13 @@ def main() -> None:
             write_docs(result, options.docs)
         print(table(result, "own"))
         return
-    jobs = sweep_jobs(entries) if options.what == "sweep" else test_jobs(entries, options.runs, options.seeds)
-    run_all(jobs, options.runs, options.processes)
+    at_once = options.processes if options.what == "run" else len(entries)
+    for start in range(0, len(entries), at_once):
+        some = entries[start : start + at_once]
+        if options.what in ("run", "sweep"):
+            run_all(sweep_jobs(some), options.runs, options.processes)
+        if options.what in ("run", "test"):
+            run_all(test_jobs(some, options.runs, options.seeds), options.runs, options.processes)
 
 
 if __name__ == "__main__":
