@@ -1,6 +1,7 @@
 """Full fine-tuning, WiSE-FT, LwF and ZSCL: the property that defines each."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastlora.continual.batches import batches
 from fastlora.continual.config import FullConfig, LwFConfig, WiSEFTConfig, ZSCLConfig
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.methods.weights import interpolate_, other_weights, snapshot, trainable
+from fastlora.continual.methods.zscl import _draws
 from fastlora.continual.plots import training_curves
 from fastlora.continual.restore import restore
 from fastlora.continual.saved_run import read_run
@@ -358,6 +360,18 @@ def test_zscl_consolidation_is_the_squared_distance_from_the_previous_weights(ma
     watch(trainer, "extra_loss", check)
     trainer.fit()
     assert all(got == pytest.approx(want, rel=1e-4) for got, want in losses) and losses[-1][0] > 0
+
+
+def test_zscl_draws_by_seed_and_task_alone():
+    def first(*purpose):
+        torch.manual_seed(len(drawn))
+        drawn.append([part.tolist() for part in itertools.islice(_draws(20, 8, *purpose), 5)])
+        return drawn[-1]
+
+    drawn = []
+    assert first(0, "images", 1) == first(0, "images", 1) != first(0, "images", 2)
+    assert first(1, "images", 1) != drawn[0] != first(0, "texts", 1)
+    assert sorted(sum(drawn[0][:3], [])) == list(range(20)) and len(drawn[0][3]) == 8
 
 
 def test_zscl_uses_no_more_reference_data_than_asked_for(make_trainer):

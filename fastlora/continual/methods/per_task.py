@@ -58,7 +58,6 @@ class PerTask(LoRA):
             finally:
                 fastlora.remove(model)
 
-    @torch.inference_mode(False)  # what is made here stays in the model after an evaluation
     @torch.no_grad()
     def _merge(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         config = self.config
