@@ -147,10 +147,10 @@ def test_config_round_trip(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_docstring_names_its_paper(name):
-    """Or says that there is none."""
+    """By arXiv number, or author and year where it has none; or says that there is no paper."""
     method = METHODS[name]
     text = f"{inspect.getdoc(method)} {sys.modules[method.__module__].__doc__}"
-    assert re.search(r"arXiv \d{4}\.\d{4,5}|[Nn]o paper", text)
+    assert re.search(r"arXiv \d{4}\.\d{4,5}|\(\w+ & \w+ \d{4}\)|[Nn]o paper", text)
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])

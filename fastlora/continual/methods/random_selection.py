@@ -13,7 +13,7 @@ from fastlora.continual.methods.selecting import SelectingLoRA
 
 
 class RandomSelection(SelectingLoRA):
-    """Sequential LoRA that keeps a random share of the components, drawn over all modules, from mid-task on."""
+    """Sequential LoRA that keeps a random share of the components, drawn over all modules, from mid-task on. No paper."""
 
     config_class = RandomSelectionConfig
     draws = "choice"

@@ -21,7 +21,7 @@ class UniformShrink(ShrinkingLoRA):
     """B <- B max(0, 1 - kappa_t / mean_i c_i) in each module after every step; every component is kept.
 
     The module's mean stands where the group soft threshold (method contribution_prox) has each component's own c_i: a
-    module loses about as much, and nothing is selected.
+    module loses about as much, and nothing is selected. No paper: a control.
     """
 
     config_class = UniformShrinkConfig
