@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Subset
+
 import fastlora
 from fastlora.adapt import RankReport
 from fastlora.continual.benchmarks import benchmark
@@ -97,10 +99,10 @@ def measure(run: RunConfig, say: Callable[[str], None] = lambda line: None) -> S
     """Train the first task of a run's benchmark with the run's method, and again with one thing changed at a time.
 
     Args:
-        run: benchmark, method, seed, device and backend are used.
+        run: its benchmark, data, method, seed, device and backend count.
         say: gets a line for each training.
     Raises:
-        ValueError: the method selects no components.
+        ValueError: the method selects no components, or none of them survives.
     """
     method = METHODS[run.method.name]
     if not method.selects:
@@ -132,13 +134,13 @@ def starts(seed: int, tasks: int, draws: str) -> list[tuple[str, Start]]:
 
 def kept_components(run: RunConfig, start: Start) -> Kept:
     """Train one task from `start` on the plain model; what survives."""
-    loaded = benchmark(run.benchmark).load(dataclasses.replace(run, seed=start.data))
-    train = loaded.stream.open_task(start.task)
-    # nobody looks at the accuracies here, so the training images, which are few, stand in for the test images
-    task = dataclasses.replace(loaded.stream.tasks[start.task], train=train, test=train)
+    config = dataclasses.replace(run, seed=start.data, log_to=())
+    loaded = benchmark(run.benchmark).load(config)
+    given = loaded.stream.tasks[start.task]
+    # nobody looks at the accuracies here: one test image is enough
+    task = dataclasses.replace(given, train=loaded.stream.open_task(start.task), test=Subset(given.test, [0]))
     stream = TaskStream(run.benchmark, [task])
-    options = {"device": run.device, "backend": run.backend}
-    trainer = Trainer(loaded.model, loaded.tokenizer, stream, run.method, seed=start.data, progress=False, **options)
+    trainer = Trainer(loaded.model, loaded.tokenizer, stream, config=config, progress=False)
     observed = type("Observed", (_Observed, METHODS[run.method.name]), {})
     trainer.method = observed(run.method, backend=run.backend)
     trainer.method.start = start
@@ -181,6 +183,8 @@ def compare(name: str, first: Kept, second: Kept, rank: int) -> Comparison:
         for module, kept in first.items()
         if (chance := chance_jaccard(rank, len(kept), len(second[module]))) is not None
     }
+    if not per_module:
+        raise ValueError(f"{name}: no component survived in any module. Lower the threshold (kappa, or shrink).")
     counts = [[len(kept[module]) for module in first] for kept in (first, second)]
     varied = all(len(set(each)) > 1 for each in counts)
     return Comparison(name, per_module, statistics.correlation(*counts) if varied else None)

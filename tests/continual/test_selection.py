@@ -68,6 +68,8 @@ def test_comparison_by_hand():
     assert found.means()[0] == pytest.approx((1 / 3 + 1 / 4) / 2)
     # (2, 0, 4) and (2, 0, 1) less their means: 0, -2, 2 and 1, -1, 0
     assert found.rank_correlation == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="empty: no component survived in any module. Lower the threshold"):
+        compare("empty", {"a": frozenset()}, {"a": frozenset()}, 4)
     assert compare("constant", first, {name: frozenset({0}) for name in first}, 4).rank_correlation is None
 
 
