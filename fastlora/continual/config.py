@@ -22,6 +22,9 @@ from fastlora.continual.configs.rules import (
     RandomSelectionConfig,
     UniformShrinkConfig,
 )
+from fastlora.continual.configs.subspaces import (
+    LoRASqueezeConfig,
+)
 from fastlora.continual.configs.zero_shot import ZeroShotConfig
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "JointConfig",
     "DataConfig",
     "LoRAConfig",
+    "LoRASqueezeConfig",
     "LwFConfig",
     "MethodConfig",
     "PerTaskConfig",
@@ -124,6 +128,7 @@ CONFIGS: dict[str, type[MethodConfig]] = {
         ZSCLConfig,
         JointConfig,
         PerTaskConfig,
+        LoRASqueezeConfig,
     )
 }
 

@@ -12,6 +12,7 @@ from fastlora.continual.methods.decay_b import DecayB
 from fastlora.continual.methods.full import FullFineTuning
 from fastlora.continual.methods.joint import Joint
 from fastlora.continual.methods.lora import LoRA
+from fastlora.continual.methods.lora_squeeze import LoRASqueeze
 from fastlora.continual.methods.lwf import LwF
 from fastlora.continual.methods.path_credit import PathCredit
 from fastlora.continual.methods.per_task import PerTask
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
         ZSCL,
         Joint,
         PerTask,
+        LoRASqueeze,
     )
 }
 

@@ -1,0 +1,43 @@
+"""Options of the methods that constrain or restructure the adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastlora.continual.configs.base import AdapterConfig, check_count, check_number
+
+_SHARE = "Give a share such as 0.95."
+
+
+@dataclass(frozen=True)
+class LoRASqueezeConfig(AdapterConfig):
+    """LoRA-Squeeze (arXiv 2602.10993): train at a high rank, keep the best approximation of the update at a lower one.
+
+    Args:
+        rank: rank-1 components of each adapter before the first squeeze; >= 1.
+        target_rank: components that the last squeeze keeps, at most rank.
+        energy: share of ||delta W||_F^2 that each squeeze keeps, in place of target_rank, in [0, 1); 0: target_rank.
+        squeezes: number of squeezes during a task, evenly spaced, with ranks that fall in equal ratios; 0: one after it.
+    """
+
+    name: ClassVar[str] = "lora_squeeze"
+    target_rank: int = 4
+    energy: float = 0.0
+    squeezes: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("target_rank", self.target_rank, "Give the components to keep, such as 4.")
+        if self.target_rank > self.rank:
+            raise ValueError(
+                f"target_rank is {self.target_rank} and rank is {self.rank}; a squeeze cannot raise the rank. "
+                "Lower target_rank, or train at a higher rank."
+            )
+        check_number("energy", self.energy, "in [0, 1)", lambda v: 0.0 <= v < 1.0, _SHARE)
+        check_count("squeezes", self.squeezes, "Give 0 for one squeeze after the task.", least=0)
+        if self.squeezes >= self.iterations:
+            raise ValueError(
+                f"squeezes is {self.squeezes} with {self.iterations} iterations; training must go on between two. "
+                "Give fewer squeezes than iterations."
+            )
