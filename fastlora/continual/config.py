@@ -24,6 +24,7 @@ from fastlora.continual.configs.rules import (
 )
 from fastlora.continual.configs.subspaces import (
     LoRASqueezeConfig,
+    SDLoRAConfig,
 )
 from fastlora.continual.configs.zero_shot import ZeroShotConfig
 
@@ -39,6 +40,7 @@ __all__ = [
     "MethodConfig",
     "PerTaskConfig",
     "RunConfig",
+    "SDLoRAConfig",
     "UsageError",
     "WiSEFTConfig",
     "ZSCLConfig",
@@ -129,6 +131,7 @@ CONFIGS: dict[str, type[MethodConfig]] = {
         JointConfig,
         PerTaskConfig,
         LoRASqueezeConfig,
+        SDLoRAConfig,
     )
 }
 

@@ -41,3 +41,14 @@ class LoRASqueezeConfig(AdapterConfig):
                 f"squeezes is {self.squeezes} with {self.iterations} iterations; training must go on between two. "
                 "Give fewer squeezes than iterations."
             )
+
+
+@dataclass(frozen=True)
+class SDLoRAConfig(AdapterConfig):
+    """SD-LoRA (arXiv 2501.13198): directions of earlier tasks are frozen, the magnitudes of all tasks are trained.
+
+    Args:
+        rank: rank-1 components that each task adds to a layer; those of all tasks together are at most 256.
+    """
+
+    name: ClassVar[str] = "sd_lora"

@@ -17,6 +17,7 @@ from fastlora.continual.methods.lwf import LwF
 from fastlora.continual.methods.path_credit import PathCredit
 from fastlora.continual.methods.per_task import PerTask
 from fastlora.continual.methods.random_selection import RandomSelection
+from fastlora.continual.methods.sd_lora import SDLoRA
 from fastlora.continual.methods.sora import SoRA
 from fastlora.continual.methods.uniform_shrink import UniformShrink
 from fastlora.continual.methods.wise_ft import WiSEFT
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
         Joint,
         PerTask,
         LoRASqueeze,
+        SDLoRA,
     )
 }
 
