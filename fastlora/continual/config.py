@@ -23,6 +23,7 @@ from fastlora.continual.configs.rules import (
     UniformShrinkConfig,
 )
 from fastlora.continual.configs.subspaces import (
+    InfLoRAConfig,
     LoRASqueezeConfig,
     SDLoRAConfig,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "CONFIGS",
     "CoDyRAConfig",
     "FullConfig",
+    "InfLoRAConfig",
     "JointConfig",
     "DataConfig",
     "LoRAConfig",
@@ -132,6 +134,7 @@ CONFIGS: dict[str, type[MethodConfig]] = {
         PerTaskConfig,
         LoRASqueezeConfig,
         SDLoRAConfig,
+        InfLoRAConfig,
     )
 }
 

@@ -52,3 +52,22 @@ class SDLoRAConfig(AdapterConfig):
     """
 
     name: ClassVar[str] = "sd_lora"
+
+
+@dataclass(frozen=True)
+class InfLoRAConfig(AdapterConfig):
+    """InfLoRA (arXiv 2404.00228): lora_a is designed orthogonal to the inputs of earlier tasks, and lora_b alone trains.
+
+    Args:
+        energy: share of the energy of a layer's inputs in the first task that its memory holds, in (0, 1].
+        energy_step: what that share grows by at every task, up to 1; >= 0.
+    """
+
+    name: ClassVar[str] = "inflora"
+    energy: float = 0.98
+    energy_step: float = 0.002
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("energy", self.energy, "in (0, 1]", lambda v: 0.0 < v <= 1.0, _SHARE)
+        check_number("energy_step", self.energy_step, ">= 0", lambda v: v >= 0.0, "Give 0 for the same share always.")

@@ -10,6 +10,7 @@ from fastlora.continual.methods.codyra import CoDyRA
 from fastlora.continual.methods.contribution_prox import ContributionProx
 from fastlora.continual.methods.decay_b import DecayB
 from fastlora.continual.methods.full import FullFineTuning
+from fastlora.continual.methods.inflora import InfLoRA
 from fastlora.continual.methods.joint import Joint
 from fastlora.continual.methods.lora import LoRA
 from fastlora.continual.methods.lora_squeeze import LoRASqueeze
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
         PerTask,
         LoRASqueeze,
         SDLoRA,
+        InfLoRA,
     )
 }
 
