@@ -25,6 +25,7 @@ from fastlora.continual.configs.rules import (
 from fastlora.continual.configs.subspaces import (
     InfLoRAConfig,
     LoRASqueezeConfig,
+    OLoRAConfig,
     SDLoRAConfig,
 )
 from fastlora.continual.configs.zero_shot import ZeroShotConfig
@@ -40,6 +41,7 @@ __all__ = [
     "LoRASqueezeConfig",
     "LwFConfig",
     "MethodConfig",
+    "OLoRAConfig",
     "PerTaskConfig",
     "RunConfig",
     "SDLoRAConfig",
@@ -135,6 +137,7 @@ CONFIGS: dict[str, type[MethodConfig]] = {
         LoRASqueezeConfig,
         SDLoRAConfig,
         InfLoRAConfig,
+        OLoRAConfig,
     )
 }
 

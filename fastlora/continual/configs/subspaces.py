@@ -71,3 +71,19 @@ class InfLoRAConfig(AdapterConfig):
         super().__post_init__()
         check_number("energy", self.energy, "in (0, 1]", lambda v: 0.0 < v <= 1.0, _SHARE)
         check_number("energy_step", self.energy_step, ">= 0", lambda v: v >= 0.0, "Give 0 for the same share always.")
+
+
+@dataclass(frozen=True)
+class OLoRAConfig(AdapterConfig):
+    """O-LoRA (arXiv 2310.14152): a penalty on the overlap of lora_a with that of every earlier task.
+
+    Args:
+        penalty: factor of the overlap in the loss, >= 0; 0 is plain LoRA.
+    """
+
+    name: ClassVar[str] = "o_lora"
+    penalty: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("penalty", self.penalty, ">= 0", lambda v: v >= 0.0, "Give a factor such as 0.5.")

@@ -15,6 +15,7 @@ from fastlora.continual.methods.joint import Joint
 from fastlora.continual.methods.lora import LoRA
 from fastlora.continual.methods.lora_squeeze import LoRASqueeze
 from fastlora.continual.methods.lwf import LwF
+from fastlora.continual.methods.o_lora import OLoRA
 from fastlora.continual.methods.path_credit import PathCredit
 from fastlora.continual.methods.per_task import PerTask
 from fastlora.continual.methods.random_selection import RandomSelection
@@ -46,6 +47,7 @@ METHODS: dict[str, type[Method]] = {
         LoRASqueeze,
         SDLoRA,
         InfLoRA,
+        OLoRA,
     )
 }
 
