@@ -26,6 +26,7 @@ from fastlora.continual.configs.subspaces import (
     InfLoRAConfig,
     LoRASqueezeConfig,
     OLoRAConfig,
+    PEARLConfig,
     SDLoRAConfig,
 )
 from fastlora.continual.configs.zero_shot import ZeroShotConfig
@@ -42,6 +43,7 @@ __all__ = [
     "LwFConfig",
     "MethodConfig",
     "OLoRAConfig",
+    "PEARLConfig",
     "PerTaskConfig",
     "RunConfig",
     "SDLoRAConfig",
@@ -138,6 +140,7 @@ CONFIGS: dict[str, type[MethodConfig]] = {
         SDLoRAConfig,
         InfLoRAConfig,
         OLoRAConfig,
+        PEARLConfig,
     )
 }
 

@@ -87,3 +87,26 @@ class OLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("penalty", self.penalty, ">= 0", lambda v: v >= 0.0, "Give a factor such as 0.5.")
+
+
+@dataclass(frozen=True)
+class PEARLConfig(AdapterConfig):
+    """PEARL (arXiv 2505.11998): the rank of each layer from the spectrum of a brief fine-tuning on the task.
+
+    Args:
+        rank: largest rank that a layer may get; >= 1.
+        energy: share of the squared norm of a layer's task vector that its rank must hold, in (0, 1].
+        reference_iterations: steps of the brief fine-tuning of the full matrices; >= 1.
+        reference_lr: of these steps; no step moves the weights farther than this (Frobenius norm over all of them).
+    """
+
+    name: ClassVar[str] = "pearl"
+    energy: float = 0.9
+    reference_iterations: int = 20
+    reference_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("energy", self.energy, "in (0, 1]", lambda v: 0.0 < v <= 1.0, _SHARE)
+        check_count("reference_iterations", self.reference_iterations, "Give the steps, such as 20.")
+        check_number("reference_lr", self.reference_lr, "> 0", lambda v: v > 0.0, "Give a step length such as 0.1.")

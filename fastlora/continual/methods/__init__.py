@@ -17,6 +17,7 @@ from fastlora.continual.methods.lora_squeeze import LoRASqueeze
 from fastlora.continual.methods.lwf import LwF
 from fastlora.continual.methods.o_lora import OLoRA
 from fastlora.continual.methods.path_credit import PathCredit
+from fastlora.continual.methods.pearl import PEARL
 from fastlora.continual.methods.per_task import PerTask
 from fastlora.continual.methods.random_selection import RandomSelection
 from fastlora.continual.methods.sd_lora import SDLoRA
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
         SDLoRA,
         InfLoRA,
         OLoRA,
+        PEARL,
     )
 }
 
