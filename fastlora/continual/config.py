@@ -23,6 +23,7 @@ from fastlora.continual.configs.rules import (
     UniformShrinkConfig,
 )
 from fastlora.continual.configs.subspaces import (
+    ExpertPoolConfig,
     InfLoRAConfig,
     LoRASqueezeConfig,
     OLoRAConfig,
@@ -34,6 +35,7 @@ from fastlora.continual.configs.zero_shot import ZeroShotConfig
 __all__ = [
     "CONFIGS",
     "CoDyRAConfig",
+    "ExpertPoolConfig",
     "FullConfig",
     "InfLoRAConfig",
     "JointConfig",
@@ -141,6 +143,7 @@ CONFIGS: dict[str, type[MethodConfig]] = {
         InfLoRAConfig,
         OLoRAConfig,
         PEARLConfig,
+        ExpertPoolConfig,
     )
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastlora.continual.configs.base import AdapterConfig, check_count, check_number
+from fastlora.continual.configs.base import AdapterConfig, check_count, check_number, check_one_of
 
 _SHARE = "Give a share such as 0.95."
 
@@ -110,3 +110,41 @@ class PEARLConfig(AdapterConfig):
         check_number("energy", self.energy, "in (0, 1]", lambda v: 0.0 < v <= 1.0, _SHARE)
         check_count("reference_iterations", self.reference_iterations, "Give the steps, such as 20.")
         check_number("reference_lr", self.reference_lr, "> 0", lambda v: v > 0.0, "Give a step length such as 0.1.")
+
+
+_CALLED = ("fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class ExpertPoolConfig(AdapterConfig):
+    """A pool of rank-1 experts in each layer (arXiv 2601.22828), a few of which are active on each token or sample.
+
+    Args:
+        rank: rank-1 experts that each task adds to the pool of a layer; those of all tasks together are at most 256.
+        targets: which linear layers get a pool, out of fc1 and fc2.
+        active: experts at work at a time, at most rank.
+        per: token (each token chooses its own) or sample (chosen by its first token, [CLS] in the vision tower).
+    """
+
+    name: ClassVar[str] = "expert_pool"
+    targets: tuple[str, ...] = _CALLED
+    active: int = 8
+    per: str = "token"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refused = [target for target in self.targets if target not in _CALLED]
+        if refused:
+            raise ValueError(
+                f"targets hold {', '.join(refused)}; a pool chooses its experts when a layer is called with its input, "
+                "and attention reads these weights without a call. Give fc1, fc2 or both."
+            )
+        check_count("active", self.active, "Give the experts at work at a time, 8 in the paper.")
+        if self.active > self.rank:
+            raise ValueError(
+                f"active is {self.active} and rank is {self.rank}; no more experts can be active than the first task has. "
+                "Lower active, or raise rank."
+            )
+        check_one_of("per", self.per, ("sample", "token"))
+        if self.merge_scale != 1.0:
+            raise ValueError(f"merge_scale is {self.merge_scale}; a pool is never merged. Leave it at 1.")

@@ -9,6 +9,7 @@ from fastlora.continual.methods.base import AdapterMethod, Method, TaskContext
 from fastlora.continual.methods.codyra import CoDyRA
 from fastlora.continual.methods.contribution_prox import ContributionProx
 from fastlora.continual.methods.decay_b import DecayB
+from fastlora.continual.methods.expert_pool import ExpertPool
 from fastlora.continual.methods.full import FullFineTuning
 from fastlora.continual.methods.inflora import InfLoRA
 from fastlora.continual.methods.joint import Joint
@@ -50,6 +51,7 @@ METHODS: dict[str, type[Method]] = {
         InfLoRA,
         OLoRA,
         PEARL,
+        ExpertPool,
     )
 }
 
