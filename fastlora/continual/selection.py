@@ -198,9 +198,9 @@ def chance_jaccard(total: int, first: int, second: int) -> float | None:
     """
     if first == second == 0:
         return None
-    least, most = max(0, first + second - total), min(first, second)
-    ways = [math.comb(first, both) * math.comb(total - first, second - both) for both in range(least, most + 1)]
-    overlaps = [both / (first + second - both) for both in range(least, most + 1)]
+    shared = range(min(first, second) + 1)
+    ways = [math.comb(first, both) * math.comb(total - first, second - both) for both in shared]
+    overlaps = [both / (first + second - both) for both in shared]
     return sum(way * overlap for way, overlap in zip(ways, overlaps)) / math.comb(total, second)
 
 

@@ -124,6 +124,26 @@ def test_gates_and_lora_a_are_drawn_apart(drawn, make_clip, tokenizer):
         assert not torch.equal(other_a[name][0], lora_a) and torch.equal(other_a[name][1], gate)
 
 
+@pytest.mark.parametrize(
+    ("start", "seed", "index"), [(Start(3, 9, 9), 3, 0), (Start(4, 3, 3), 4, 0), (Start(3, 3, 3, 1), 3, 1)]
+)
+def test_images_are_those_of_the_task_and_of_the_data_seed(monkeypatch, start, seed, index):
+    class Seen(Exception):
+        pass
+
+    def look(model, tokenizer, stream, *, config, **options):
+        raise Seen(stream.tasks[0].name, stream.open_task(0).images, config.seed)
+
+    monkeypatch.setattr("fastlora.continual.selection.Trainer", look)
+    run = run_of("codyra")
+    with pytest.raises(Seen) as seen:
+        kept_components(run, start)
+    name, images, order_seed = seen.value.args
+    stream = BENCHMARKS["tiny"].load(dataclasses.replace(run, seed=seed)).stream
+    assert (name, order_seed) == (stream.tasks[index].name, seed)
+    assert torch.equal(images, stream.open_task(index).images)
+
+
 @pytest.mark.parametrize("name", ["codyra", "path_credit", "contribution_prox"])
 def test_survivors_are_those_of_a_run(name, make_clip, tokenizer):
     """Observed without early removal, and counted as drawn: as many in each module as the trainer keeps."""
