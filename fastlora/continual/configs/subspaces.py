@@ -16,7 +16,7 @@ class LoRASqueezeConfig(AdapterConfig):
 
     Args:
         rank: rank-1 components of each adapter before the first squeeze; >= 1.
-        target_rank: components that the last squeeze keeps, at most rank.
+        target_rank: components that the last squeeze keeps; where rank is lower, all of them.
         energy: share of ||delta W||_F^2 that each squeeze keeps, in place of target_rank, in [0, 1); 0: target_rank.
         squeezes: number of squeezes during a task, evenly spaced, with ranks that fall in equal ratios; 0: one after it.
     """
@@ -29,11 +29,6 @@ class LoRASqueezeConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("target_rank", self.target_rank, "Give the components to keep, such as 4.")
-        if self.target_rank > self.rank:
-            raise ValueError(
-                f"target_rank is {self.target_rank} and rank is {self.rank}; a squeeze cannot raise the rank. "
-                "Lower target_rank, or train at a higher rank."
-            )
         check_number("energy", self.energy, "in [0, 1)", lambda v: 0.0 <= v < 1.0, _SHARE)
         check_count("squeezes", self.squeezes, "Give 0 for one squeeze after the task.", least=0)
         if self.squeezes >= self.iterations:
@@ -122,7 +117,7 @@ class ExpertPoolConfig(AdapterConfig):
     Args:
         rank: rank-1 experts that each task adds to the pool of a layer; those of all tasks together are at most 256.
         targets: which linear layers get a pool, out of fc1 and fc2.
-        active: experts at work at a time, at most rank.
+        active: experts at work at a time; all of them while the pool has fewer.
         per: token (each token chooses its own) or sample (chosen by its first token, [CLS] in the vision tower).
     """
 
@@ -140,11 +135,6 @@ class ExpertPoolConfig(AdapterConfig):
                 "and attention reads these weights without a call. Give fc1, fc2 or both."
             )
         check_count("active", self.active, "Give the experts at work at a time, 8 in the paper.")
-        if self.active > self.rank:
-            raise ValueError(
-                f"active is {self.active} and rank is {self.rank}; no more experts can be active than the first task has. "
-                "Lower active, or raise rank."
-            )
         check_one_of("per", self.per, ("sample", "token"))
         if self.merge_scale != 1.0:
             raise ValueError(f"merge_scale is {self.merge_scale}; a pool is never merged. Leave it at 1.")

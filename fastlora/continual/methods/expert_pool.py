@@ -82,11 +82,13 @@ class ExpertPool(Method):
         rows = []
         for name, experts in self.pool.items():
             lora_a, lora_b, _ = experts.newest
-            rows.append(RankRow(name, len(experts.all()[0]), self.config.active, float((lora_b @ lora_a).norm())))
+            held, norm = len(experts.all()[0]), float((lora_b @ lora_a).norm())
+            rows.append(RankRow(name, held, min(self.config.active, held), norm))
         return RankReport(tuple(rows))
 
     def active_rank(self, model: nn.Module) -> float:
-        return float(self.config.active)
+        held = [len(experts.all()[0]) for experts in self.pool.values()]
+        return sum(min(self.config.active, n) for n in held) / len(held)
 
     def abandon(self, model: nn.Module) -> None:
         if not self._in_task:

@@ -35,7 +35,7 @@ class LoRASqueeze(LoRA):
     def _schedule(self) -> dict[int, int]:
         """Iterations after which is squeezed, and the rank that is then left."""
         config, n = self.config, self.config.squeezes
-        ratio = config.target_rank / config.rank
+        ratio = min(1.0, config.target_rank / config.rank)
         return {config.iterations * i // (n + 1): round(config.rank * ratio ** (i / n)) for i in range(1, n + 1)}
 
     def after_step(self, ctx: TaskContext) -> None:

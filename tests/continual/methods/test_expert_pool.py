@@ -43,6 +43,11 @@ def test_exactly_k_experts_are_active(per):
     assert len(chosen.unique(dim=0)) > 2  # the inputs decide
 
 
+def test_all_are_active_while_the_pool_has_fewer():
+    layer = pooled("token", rank=3, active=8)
+    assert (gates(layer, torch.randn(2, 4, 10)) != 0).all()
+
+
 @pytest.mark.parametrize("per", ["sample", "token"])
 def test_output_against_the_sum_as_written(per):
     layer, x = pooled(per), torch.randn(4, 5, 10)
@@ -156,8 +161,8 @@ def test_going_on_after_a_stop(make_clip, tokenizer, make_stream, per):
 def test_bad_options():
     with pytest.raises(ValueError, match="targets hold q, out; a pool chooses its experts when a layer is called"):
         config(targets=("q", "fc1", "out"))
-    with pytest.raises(ValueError, match="active is 7 and rank is 6; no more experts can be active"):
-        config(active=7)
+    with pytest.raises(ValueError, match="active is 0; it must be an integer >= 1"):
+        config(active=0)
     with pytest.raises(ValueError, match="per is 'tokens'; accepted: sample, token. Did you mean 'token'"):
         config(per="tokens")
     with pytest.raises(ValueError, match="merge_scale is 0.5; a pool is never merged"):

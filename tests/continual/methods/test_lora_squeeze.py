@@ -118,6 +118,7 @@ def test_an_update_of_zero_is_squeezed_to_a_finite_one():
 
 def test_ranks_fall_in_equal_ratios():
     assert build_method(config(rank=16, target_rank=2, squeezes=3, iterations=100)).schedule == {25: 8, 50: 4, 75: 2}
+    assert build_method(config(rank=3, target_rank=4, squeezes=1)).schedule == {6: 3}
     assert build_method(config()).schedule == {}
 
 
@@ -143,8 +144,8 @@ def test_going_on_after_a_stop(make_clip, tokenizer, make_stream):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match="target_rank is 8 and rank is 6; a squeeze cannot raise the rank"):
-        config(target_rank=8)
+    with pytest.raises(ValueError, match="target_rank is 0; it must be an integer >= 1"):
+        config(target_rank=0)
     with pytest.raises(ValueError, match=r"energy is 1.0; it must be a finite number in \[0, 1\)"):
         config(energy=1.0)
     with pytest.raises(ValueError, match="squeezes is 12 with 12 iterations"):
