@@ -87,11 +87,12 @@ def _demo(config: RunConfig, split: str = "test") -> Loaded:
 
 def _images(config: RunConfig) -> Loaded:
     from fastlora.continual.clip_model import load_clip
-    from fastlora.continual.datasets import check_options, image_stream
+    from fastlora.continual.datasets import check_options, find_images
 
-    check_options(config)  # before the model takes its seconds
+    check_options(config)
+    images = find_images(config)  # before the model takes its seconds, or a download its minutes
     clip = load_clip(config.model, config.pretrained)
-    return Loaded(clip.model, clip.tokenizer, image_stream(config, clip.transforms))
+    return Loaded(clip.model, clip.tokenizer, images.stream(clip.transforms))
 
 
 # The embedded model is small and starts far from its tasks: fewer, larger steps. kappa_max keeps the published total

@@ -53,8 +53,31 @@ def check_options(config: RunConfig) -> None:
         raise UsageError("the benchmark 'folders' needs data.tasks: a list of directories below data.root, in order.")
 
 
-def image_stream(config: RunConfig, transforms: Transforms) -> TaskStream:
-    """The tasks of a benchmark whose options are complete; every label file is read and every image looked at.
+@dataclass(frozen=True)
+class Found:
+    """What a benchmark is made of, read and looked at, before there is a model to say what becomes of its images."""
+
+    config: RunConfig
+    parts: list[Part]
+    decoder: Decoder
+
+    def stream(self, transforms: Transforms) -> TaskStream:
+        """The tasks.
+
+        Raises:
+            DataError: the reference data are missing or damaged.
+        """
+        data, reference = self.config.data, None
+        if data.reference is not None:
+            captions = None if data.captions is None else Path(data.captions)
+            verify = data.verify or "headers"
+            reference = reference_data(Path(data.reference), captions, transforms, self.decoder, verify)
+        tasks = [_task(part, transforms, self.decoder) for part in self.parts]
+        return TaskStream(self.config.benchmark, tasks, reference=reference)
+
+
+def find_images(config: RunConfig) -> Found:
+    """The parts of a benchmark whose options are complete; every label file is read and every image looked at.
 
     Raises:
         DataError: something is missing, damaged or not what the benchmark is made of. Faults of all data sets are told
@@ -71,12 +94,7 @@ def image_stream(config: RunConfig, transforms: Transforms) -> TaskStream:
         for name in side.names
     )
     check_images(files, decoder, data.verify or "headers")
-    reference = None
-    if data.reference is not None:
-        captions = None if data.captions is None else Path(data.captions)
-        reference = reference_data(Path(data.reference), captions, transforms, decoder, data.verify or "headers")
-    tasks = [_task(part, transforms, decoder) for part in parts]
-    return TaskStream(config.benchmark, tasks, reference=reference)
+    return Found(config, parts, decoder)
 
 
 def _mtil(config: RunConfig, name: str) -> Part:

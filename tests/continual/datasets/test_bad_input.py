@@ -10,7 +10,7 @@ import pytest
 from continual.datasets import layouts
 
 from fastlora.continual.config import UsageError
-from fastlora.continual.datasets import check_options, image_stream
+from fastlora.continual.datasets import check_options, find_images
 from fastlora.continual.datasets.catalogue import SOURCES
 from fastlora.continual.datasets.coop import coop_split
 from fastlora.continual.datasets.formats import read_idx, read_pickle
@@ -63,7 +63,7 @@ def test_every_fault_is_told_at_once(roots, tmp_path, config, transforms):
     (tmp_path / "data" / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
     (tmp_path / "data" / "sun397" / "SUN397" / "ClassName.txt").unlink()
     with pytest.raises(DataError) as error:
-        image_stream(config("mtil", tmp_path / "data"), transforms)
+        find_images(config("mtil", tmp_path / "data")).stream(transforms)
     message = str(error.value)
     assert message.startswith("3 of 11 data sets cannot be used:\nAircraft: neither layout")
     assert (
@@ -196,7 +196,7 @@ def damaged(roots, tmp_path):
 
 def test_missing_and_damaged_images_are_counted_and_named(damaged, config, transforms):
     with pytest.raises(DataError) as error:
-        image_stream(config("xtail", damaged, shots=2), transforms)
+        find_images(config("xtail", damaged, shots=2)).stream(transforms)
     message = str(error.value)
     assert "1 are missing and 1 cannot be read" in message and "Nothing was trained" in message
     assert f"{damaged}/dtd/images/banded/banded_0005.jpg: missing" in message
@@ -205,17 +205,17 @@ def test_missing_and_damaged_images_are_counted_and_named(damaged, config, trans
 
 def test_decoding_finds_truncated_images_too(damaged, config, transforms):
     with pytest.raises(DataError, match="1 are missing and 2 cannot be read(.|\n)*kind_00_0005.jpg: "):
-        image_stream(config("xtail", damaged, shots=2, verify="decode"), transforms)
+        find_images(config("xtail", damaged, shots=2, verify="decode")).stream(transforms)
 
 
 def test_images_that_are_not_drawn_are_not_looked_at(damaged, config, transforms):
     (damaged / "dtd" / "images" / "banded" / "banded_0003.jpg").unlink()  # of "val", which nobody reads
     with pytest.raises(DataError, match="1 are missing and 1 cannot be read"):
-        image_stream(config("xtail", damaged, shots=2), transforms)
+        find_images(config("xtail", damaged, shots=2)).stream(transforms)
 
 
 def test_verify_none_trusts_the_files(damaged, config, transforms):
-    image_stream(config("xtail", damaged, shots=2, verify="none"), transforms)
+    find_images(config("xtail", damaged, shots=2, verify="none")).stream(transforms)
 
 
 def test_long_lists_go_to_a_file(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 from continual.datasets import layouts
 
-from fastlora.continual.datasets import image_stream
+from fastlora.continual.datasets import find_images
 from fastlora.continual.datasets.split import DataError
 
 
@@ -22,7 +22,7 @@ def mine(tmp_path):
 
 @pytest.fixture
 def build(mine, config, transforms):
-    return lambda tasks, **options: image_stream(config("folders", mine, tasks=tasks, **options), transforms)
+    return lambda tasks, **options: find_images(config("folders", mine, tasks=tasks, **options)).stream(transforms)
 
 
 def test_tasks_in_order(build):

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from fastlora.continual.config import RunConfig
-from fastlora.continual.datasets import image_stream, prompts
+from fastlora.continual.datasets import find_images, prompts
 from fastlora.continual.datasets.catalogue import SOURCES
 from fastlora.continual.datasets.protocols import MTIL_ORDERS, XTAIL_ORDER
 from fastlora.continual.manifest import describe, differences, hashes, training, union_ceiling
 
 
 def stream_of(config, transforms, name, root, **options):
-    return image_stream(config(name, root, **options), transforms)
+    return find_images(config(name, root, **options)).stream(transforms)
 
 
 @pytest.mark.parametrize("order", ["I", "II"])
