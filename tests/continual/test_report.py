@@ -219,7 +219,7 @@ def test_rank_panels_of_a_large_model(make_run):
     ]
     record = read_run(run).record
     record.ranks = [RankEntry(t, name, 16, (t + k) % 17, 0.1) for t in range(1, 8) for k, name in enumerate(names)]
-    figure = rank_heat_map(SavedRun(run, {}, {}, record, []))
+    figure = rank_heat_map(SavedRun(run, {"method": {"name": "codyra"}}, {}, record, []))
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 2 * 7 and all(len(axes.texts) == 12 * 3 for axes in panels)
     assert [text.get_text() for text in panels[0].texts[:4]] == ["1", "2", "3", "4"]  # layer 0, then layer 1
