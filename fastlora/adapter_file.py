@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fastlora.adapt import adapters
 from fastlora.files import write_atomically
-from fastlora.fingerprint import fingerprint
+from fastlora.fingerprint import checksum, fingerprint
 
 FORMAT = "fastlora.adapter/2"
 # without a checksum; still read, since its adapters are as good as ever, but no journal takes it: it names no base
@@ -85,7 +84,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], metadata: Mappi
         )
     settings = {name: {"kappa": a.kappa, "scaling": a.scaling} for name, a in adapters(model)}
     header = {**(metadata or {}), "format": FORMAT, "settings": json.dumps(settings)}
-    header["sha256"] = _sha256(header, fingerprint(tensors))
+    header["sha256"] = checksum(header, fingerprint(tensors))
     write_atomically(path, save(tensors, metadata=header))
 
 
@@ -132,7 +131,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
         odd = sorted(wanted ^ set(tensors))
         raise ValueError(f"{path} is incomplete: its header and its tensors differ in {some(odd)}. Save it again.")
     hashes = fingerprint(tensors)
-    if header["format"] == FORMAT and header.get("sha256") != _sha256(header, hashes):
+    if header["format"] == FORMAT and header.get("sha256") != checksum(header, hashes):
         raise ValueError(
             f"{path} is damaged: its content has another SHA-256 than its header tells. Restore it from a copy, or "
             "save it again with save_adapter."
@@ -165,12 +164,6 @@ def _settings(header: Mapping[str, str], path: str | os.PathLike[str]) -> dict[s
             "copy, or save it again with save_adapter."
         ) from error
     return settings
-
-
-def _sha256(header: Mapping[str, str], hashes: Mapping[str, str]) -> str:
-    """Of everything in a file: names, dtypes, shapes and bytes of the tensors, and the header but for this hash."""
-    rest = {key: value for key, value in header.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps([rest, dict(hashes)], sort_keys=True).encode()).hexdigest()
 
 
 def some(names: list[str]) -> str:

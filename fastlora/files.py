@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
+from io import FileIO
 from pathlib import Path
+
+# what mkstemp makes of the prefix that _write_beside_and_rename gives it
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file in one step: whoever looks sees the old content or the new one, also after a crash.
 
-    A process that is killed may leave a hidden file `.NAME.*` behind, beside a whole one or none.
+    A process that is killed may leave a hidden file `.NAME.*` behind, beside a whole one or none; `sweep` removes it.
 
     Raises:
         OSError: the folder is missing, read-only or full; what was at `path` is whole.
@@ -19,11 +25,42 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     try:
         _write_beside_and_rename(target, content)
     except OSError as error:
-        # of a write that fails the system names no file, and of others the temporary one
-        raise type(error)(
-            f"{target} was not written ({error.strerror or error}); what was there before is whole. "
-            f"Make sure that {target.absolute().parent} exists, can be written and has room, then write again."
-        ) from error
+        raise _not_written(target, error) from error
+
+
+def append_whole(file: FileIO, content: bytes) -> None:
+    """Append to an unbuffered file opened with mode "ab": all of `content`, or nothing of it where that fails.
+
+    Raises:
+        OSError: there is no room; the file is as it was.
+    """
+    length = os.fstat(file.fileno()).st_size
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError as error:
+        file.truncate(length)
+        raise _not_written(Path(file.name), error) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove the hidden files that killed writers left in `folder`."""
+    for path in folder.glob(".*"):
+        if is_leftover(path.name) and path.is_file():
+            path.unlink()
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a writer that was killed may have left a file of this name."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def _not_written(target: Path, error: OSError) -> OSError:
+    # of a write that fails the system names no file, and of others the temporary one
+    return type(error)(
+        f"{target} was not written ({error.strerror or error}); what was there before is whole. "
+        f"Make sure that {target.absolute().parent} exists, can be written and has room, then write again."
+    )
 
 
 def _write_beside_and_rename(target: Path, content: bytes) -> None:
@@ -38,3 +75,14 @@ def _write_beside_and_rename(target: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    _keep_name(target.parent)
+
+
+def _keep_name(folder: Path) -> None:
+    """The new name survives a loss of power from here on, so that a later file never outlives an earlier one."""
+    with contextlib.suppress(OSError):  # a file system that cannot: the file itself is safe, and whole
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 
 import torch
@@ -24,6 +25,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def kind(tensor: Tensor) -> str:
     """dtype and shape, as the first part of a fingerprint."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def checksum(header: Mapping[str, str], hashes: Mapping[str, str]) -> str:
+    """SHA-256 of a file of tensors: of their fingerprint `hashes`, and of its header but for the entry "sha256"."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps([rest, dict(hashes)], sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(name: str, tensor: Tensor) -> str:

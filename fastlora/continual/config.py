@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fastlora.continual.configs.base import MethodConfig, UsageError, check_count, check_one_of, nearest
 from fastlora.continual.configs.bounds import JointConfig, PerTaskConfig
@@ -110,6 +110,12 @@ class RunConfig:
         if not isinstance(self.data, DataConfig):
             raise ValueError(f"data is {self.data!r}; it must be a config. Build one, such as DataConfig(root=...).")
 
+    # how a run is carried out, not what it computes: a resumed run may change them, and differs by rounding at most
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *("device", "backend", "eval_batch_size", "checkpoints", "log_to"),
+        *("data.root", "data.workers", "data.cache_gb", "data.verify"),
+    )
+
     def keeps_checkpoint(self, task: int, tasks: int) -> bool:
         """Whether the merged weights after `task` (from 1) of `tasks` are saved."""
         return self.checkpoints == "all" or (self.checkpoints == "last" and task == tasks)
@@ -165,3 +171,11 @@ def run_config(values: dict[str, Any]) -> RunConfig:
     """The config that `RunConfig.as_dict` gave these values of, such as the config.yaml of a run."""
     method, data = values["method"], values.get("data") or {}
     return RunConfig(**values | {"method": method_config(**method), "data": DataConfig(**data)})
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config under the names that the command line has for them, such as "method.rank"."""
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        named |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
+    return named

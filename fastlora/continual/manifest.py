@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from fastlora.continual.batches import all_labels
 from fastlora.continual.stream import Reference, Task, TaskStream
 from fastlora.continual.text import why_uncut
 
+# entries of a manifest that `differences` compares
+TOLD_APART = ("tasks", "hashes", "class_names", "training", "reference")
 _PACKAGES = ("fastlora", "torch", "torchvision", "open_clip_torch", "pillow", "triton", "numpy", "safetensors")
 
 
@@ -99,7 +102,7 @@ def union_ceiling(stream: TaskStream) -> dict[str, float]:
     return ceilings | {"mean": sum(ceilings.values()) / len(ceilings)}
 
 
-def differences(manifest: dict[str, Any], stream: TaskStream, *, with_training: bool) -> list[str]:
+def differences(manifest: Mapping[str, Any], stream: TaskStream, *, with_training: bool) -> list[str]:
     """What a stream has otherwise than the run of this manifest, in words; nothing where it is the same.
 
     Args:
@@ -116,6 +119,7 @@ def differences(manifest: dict[str, Any], stream: TaskStream, *, with_training: 
             if recorded.get(key) != now.get(key):
                 found.append(f"{task.name!r} has other {what}")
     if with_training:
+        found += _other_tasks(manifest, stream)
         recorded = manifest.get("training", {})
         found += [
             f"{name!r} has other training images"
@@ -125,6 +129,18 @@ def differences(manifest: dict[str, Any], stream: TaskStream, *, with_training: 
         reference = None if stream.reference is None else reference_hashes(stream.reference)
         if manifest.get("reference") != reference:
             found.append("the reference data is another")
+    return found
+
+
+def _other_tasks(manifest: Mapping[str, Any], stream: TaskStream) -> list[str]:
+    """Tasks of the run that are gone, its order, and its held-out set."""
+    names, recorded = [task.name for task in stream.tasks], manifest["tasks"]
+    found = [f"task {name!r} is gone" for name in recorded if name not in names]
+    if not found and names != recorded:
+        found.append(f"the tasks were {', '.join(recorded)} and are {', '.join(names)}")
+    held_out = {} if stream.held_out is None else {stream.held_out.name: hashes(stream.held_out)}
+    if held_out != {name: value for name, value in manifest["hashes"].items() if name not in recorded}:
+        found.append("the held-out set is another")
     return found
 
 

@@ -1,15 +1,18 @@
 """A run on disk. Every file but the log is replaced in one step, so that a reader never sees half of one.
 
     config.yaml  manifest.json  accuracy.csv  accuracy_union.csv  metrics.json  ranks.csv  log.csv
-    adapters/task_NN.safetensors  checkpoints/task_NN.safetensors  report.html  plots/*.png
+    adapters/task_NN.safetensors  checkpoints/state.safetensors  checkpoints/task_NN.safetensors
+    report.html  plots/*.png
 
-Imports neither torch nor open_clip at the top: reports and comparisons read a run without them.
+checkpoints/state.safetensors (`run_state.py`) is the commit point: the tables follow from it, and a resumed run writes
+them again. Imports neither torch nor open_clip at the top: reports and comparisons read a run without them.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.continual.record import Record
-from fastlora.files import write_atomically
+from fastlora.files import append_whole, is_leftover, sweep, write_atomically
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,14 +32,27 @@ if TYPE_CHECKING:
 LOG_COLUMNS = ("task", "iteration", "loss", "lr", "kappa", "active_rank")
 RANK_COLUMNS = ("task", "module", "rank", "active_rank", "delta_norm")
 TABLES = {"own": "accuracy.csv", "union": "accuracy_union.csv"}
+STATE = Path("checkpoints") / "state.safetensors"
+FOLDERS = ("adapters", "checkpoints", "plots")
+OWN_FILES = ("config.yaml", "manifest.json", "metrics.json", "ranks.csv", "log.csv", *TABLES.values(), *FOLDERS)
 STATUSES = ("running", "finished", "interrupted", "failed")
 
 
 class RunDir:
-    """The directory of a run in progress."""
+    """The directory of a run in progress.
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self._manifest, self._start = path, manifest, time.perf_counter()
+    One process at a time has it: log.csv is locked until `close`, or until the process ends, however it does.
+
+    Args:
+        path: the directory; it exists.
+    Raises:
+        RuntimeError: another process has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._manifest, self._start = path, _manifest(path), time.perf_counter()
+        self._earlier = self._manifest.get("duration_seconds", 0.0)
+        self._log = _locked(path / "log.csv")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any], manifest: Mapping[str, Any]) -> RunDir:
@@ -49,18 +65,42 @@ class RunDir:
         path = Path(path)
         check_new_directory(path)
         path.mkdir(exist_ok=True)
-        for folder in ("adapters", "checkpoints", "plots"):
-            (path / folder).mkdir()
-        run = cls(path, {"format": 1, "status": "running", "finished_tasks": 0, **manifest})
-        _write(path / "config.yaml", _yaml(config))
-        (path / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n")
-        run.update()
+        run = cls(path)
+        run.begin(config, manifest)
         return run
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json holds; empty before `begin` of a new run."""
+        return dict(self._manifest)
+
+    def begin(
+        self, config: Mapping[str, Any], manifest: Mapping[str, Any], log: str | None = None, journal: int = 0
+    ) -> None:
+        """Bring the directory to a commit point: status running, `log` in log.csv, `journal` adapter files, no more.
+
+        By default to the start of a run.
+        """
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+            folder.mkdir(exist_ok=True)
+            sweep(folder)
+        for path in (self.path / "adapters").glob("task_*.safetensors"):
+            if int(path.stem.removeprefix("task_")) > journal:  # of a task that was not committed
+                path.unlink()
+        _write(self.path / "config.yaml", _yaml(config))
+        self._manifest = {}
+        self._log.truncate(0)
+        append_whole(self._log, (",".join(LOG_COLUMNS) + "\n" if log is None else log).encode())
+        self.update(**{"format": 1, "status": "running", "finished_tasks": 0} | dict(manifest))
+
+    def close(self) -> None:
+        """Give the directory free for other processes."""
+        self._log.close()
+
     def update(self, **changes: Any) -> None:
-        """Write manifest.json with `changes` and the duration so far."""
+        """Write manifest.json with `changes` and the duration so far, that of earlier processes included."""
         self._manifest |= changes
-        self._manifest["duration_seconds"] = round(time.perf_counter() - self._start, 3)
+        self._manifest["duration_seconds"] = round(self._earlier + time.perf_counter() - self._start, 3)
         _write(self.path / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
 
     def write_record(self, record: Record, **changes: Any) -> None:
@@ -73,9 +113,17 @@ class RunDir:
         self.update(finished_tasks=record.finished_tasks, **changes)
 
     def append_log(self, rows: Iterable[Sequence[Any]]) -> None:
-        """Whole lines in one write: a kill leaves whole lines behind."""
-        with open(self.path / "log.csv", "a", newline="") as file:
-            file.write(_csv(None, rows))
+        """Whole lines in one write: a kill or a full disk leaves whole lines behind."""
+        append_whole(self._log, _csv(None, rows).encode())
+
+    def log(self) -> str:
+        """Content of log.csv."""
+        return (self.path / "log.csv").read_text()
+
+    @property
+    def state_path(self) -> Path:
+        """The commit point."""
+        return self.path / STATE
 
     @property
     def journal(self) -> Journal:
@@ -102,7 +150,7 @@ def check_new_directory(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(
             f"{path} exists already{_what_is_there(path)}; a run needs a new or an empty directory, and never "
-            "overwrites one. Pass another --out, or remove it first."
+            "overwrites one. Pass another --out, or --resume to go on with it, or remove it first."
         )
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -113,12 +161,47 @@ def check_new_directory(path: Path) -> None:
         raise PermissionError(f"{path if path.exists() else parent} cannot be written. Pass an --out that can.")
 
 
+def check_run_directory(path: Path) -> None:
+    """Raises FileExistsError unless `path` is the directory of a run, or what a kill left of one in the making."""
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else [str(path)]
+    strange = [name for name in names if name not in OWN_FILES and not is_leftover(name)]
+    if strange and not (path / "manifest.json").is_file():
+        raise FileExistsError(
+            f"{path} is no run directory (it holds {strange[0]} and no manifest.json), so there is nothing to resume. "
+            "Pass the directory of a run, or a new one."
+        )
+
+
 def _what_is_there(path: Path) -> str:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         return f" (a run, {manifest['status']}, {manifest['finished_tasks']} of {len(manifest['tasks'])} tasks)"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "manifest.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path / 'manifest.json'} is not JSON ({error}). Restore it, or remove it.") from None
+
+
+def _locked(path: Path) -> io.FileIO:
+    """`path` opened for appending, and locked; the lock goes with the file, also where the process is killed."""
+    file = open(path, "ab", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RuntimeError(
+            f"{path.parent} is in use: another process trains into it. Wait for it or stop it, or pass another --out."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def _csv(header: Sequence[str] | None, rows: Iterable[Sequence[Any]]) -> str:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,25 @@ from torch.utils.data import Dataset
 from fastlora.continual.annealing import cosine
 from fastlora.continual.batches import generator_for
 from fastlora.continual.config import CoDyRAConfig, MethodConfig, RunConfig
+from fastlora.continual.device import find_device
 from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
 from fastlora.continual.loggers import Loggers
 from fastlora.continual.losses import contrastive_loss
-from fastlora.continual.manifest import describe
+from fastlora.continual.manifest import TOLD_APART, describe
 from fastlora.continual.methods import TaskContext, build_method
 from fastlora.continual.progress import Progress
 from fastlora.continual.record import RankEntry, Record
-from fastlora.continual.run_dir import RunDir, check_new_directory
+from fastlora.continual.restore import open_run
+from fastlora.continual.run_dir import RunDir, check_new_directory, check_run_directory
+from fastlora.continual.run_state import capture, write_state
 from fastlora.continual.stream import Task, TaskStream
 from fastlora.continual.text import encode_text
 from fastlora.continual.training_data import TrainingData, open_data
+from fastlora.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from fastlora.continual.dry_run import Plan
 
 
 class Trainer:
@@ -46,9 +53,12 @@ class Trainer:
         out: run directory to make; None keeps everything in memory.
         progress: print a bar or lines.
         config: the whole run's config; it takes the place of method, seed and options.
+        resume: go on with the run in `out` from its last finished task, given the same model, stream and options: the
+            result is bit for bit that of a run which was never cut short, on a CPU. An unfinished task starts again.
+            Where `out` holds no finished task, the run starts from the beginning.
         options: further fields of RunConfig (device, backend, eval_batch_size, log_every, checkpoints, log_to).
     Raises:
-        ValueError: an option is out of range. FileExistsError, OSError: `out` cannot be made.
+        ValueError: an option is out of range. FileExistsError, OSError: `out` cannot be made, or is no run to resume.
     """
 
     def __init__(
@@ -61,18 +71,20 @@ class Trainer:
         seed: int = 0,
         out: str | os.PathLike[str] | None = None,
         progress: bool = True,
+        resume: bool = False,
         config: RunConfig | None = None,
         **options: Any,
     ) -> None:
         self.config = config or RunConfig(benchmark=stream.name, method=method, seed=seed, **options)
         self.method = build_method(self.config.method, backend=self.config.backend)
-        self.device = _device(self.config.device)
+        self.device = find_device(self.config.device)
         self.model: Any = model.to(self.device)
         self.tokenizer, self.stream = tokenizer, stream
         self.record = Record([task.name for task in stream.tasks])
         self.out = None if out is None else Path(out)
         if self.out is not None:
-            check_new_directory(self.out)
+            (check_run_directory if resume and self.out.exists() else check_new_directory)(self.out)
+        self._resume, self._trained = resume, 0
         self._run: RunDir | None = None
         self._drift = Drift(self.model)
         self._spent = {"train": 0.0, "evaluate": 0.0}
@@ -86,44 +98,104 @@ class Trainer:
             What was measured; the run directory holds the same.
         Raises:
             FloatingPointError: the loss is not finite; the message names the step.
+            ValueError: the run to resume was started with another configuration, benchmark or model.
+            RuntimeError: another process has the run directory.
             KeyboardInterrupt: passed on. After this and any other error the model is the plain one after the last
-                finished task, and the run directory holds every finished row.
+                finished task, and the run directory can be resumed from there.
         """
-        if self.out is not None:
-            manifest = describe(self.model, self.stream, self.device)
-            manifest |= {
-                "method": self.config.method.name,
-                "seed": self.config.seed,
-                "null_model": self.method.null_model(),
-            }
-            self._run = RunDir.create(self.out, self.config.as_dict(), manifest)
         try:
             with self._progress:
-                evaluation = self._evaluate("before training")
+                self._open()
+                evaluation = self._last_evaluation() or self._evaluate("before training")
                 for number, task in enumerate(self.stream.tasks, start=1):
+                    if number <= self.record.finished_tasks:
+                        continue
                     trained = self.method.trains and (number == 1 or not self.method.joint)
-                    if trained:
+                    if trained and number > self._trained:
                         with self._seconds("train"):
                             self._train(number, task)
+                        self._trained = number
+                        self._commit()
                     # what was not trained since has the figures that it had
                     known = None if trained or self.method.per_dataset else evaluation
+                    if trained:
+                        self._keep_checkpoint(number)
                     evaluation = self._evaluate(f"task {number}/{len(self.stream)} {task.name}", known)
+                self._finish("finished")
         except BaseException as error:
             self.method.abandon(self.model)
-            self._finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error)
+            with contextlib.suppress(OSError):  # a full disk: the error that led here is the one to tell
+                self._finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error)
             raise
-        self._finish("finished")
+        finally:
+            self._loggers.close()
+            if self._run:
+                self._run.close()
         return self.record
 
-    def _train(self, number: int, task: Task) -> None:
-        config, model = self.method.config, self.model
+    def _open(self) -> None:
+        """Make the run directory, or take up the run that is in it."""
+        if self.out is None:
+            return
+        manifest = describe(self.model, self.stream, self.device)
+        manifest |= {
+            "method": self.config.method.name,
+            "seed": self.config.seed,
+            "null_model": self.method.null_model(),
+        }
+        self._base = fingerprint(self.model.state_dict())
+        self._data = {key: manifest[key] for key in TOLD_APART}
+        self._run, state = open_run(
+            self.out, self._resume, self.config, manifest, self._base, self.model, self.method, self.stream
+        )
+        if state is not None:
+            self.record, self._trained = state.record, state.trained
+            self._spent, self._steps = dict(state.seconds), state.steps
+            resumed = self._run.manifest["resumes"][-1]
+            done, tasks = resumed["after_tasks"], len(self.stream)
+            self._progress.line(f"resumed after task {done}/{tasks}; before, the run was {resumed['stopped']}")
+
+    def _commit(self) -> None:
+        """From here on what is done stays done, whatever becomes of this process."""
+        if self._run is None:
+            return
+        place = {"trained": self._trained, "device": self.device.type, "record": self.record, "seconds": self._spent}
+        place |= {"config": self.config.as_dict(), "data": self._data, "base": self._base, "steps": self._steps}
+        write_state(self._run.state_path, capture(self._run, self.model, self.method, **place))
+
+    def _keep_checkpoint(self, number: int) -> None:
+        last = len(self.stream) if self.method.joint else number  # the weights stay as they are until after this task
+        if self._run and self.config.keeps_checkpoint(last, len(self.stream)):
+            self._run.save_checkpoint(number, self.model)
+
+    def _last_evaluation(self) -> Evaluation | None:
+        """The newest row of a run that was taken up."""
+        if not self.record.own:
+            return None
+        held_out = self.record.held_out[-1] if self.record.held_out else None
+        return Evaluation(tuple(self.record.own[-1]), tuple(self.record.union[-1]), held_out, seconds=0.0)
+
+    def plan(self) -> Plan:
+        """What `fit` would do and need, without doing it. Uses up the stream's training data."""
+        from fastlora.continual.dry_run import make_plan
+
+        return make_plan(self)
+
+    def begin(self, number: int, task: Task) -> tuple[TaskContext, TrainingData]:
+        """Open the data of task `number` and make the model ready for its first step."""
+        config = self.method.config
         tasks, data, numbers = open_data(self.stream, number, self.method.joint)
         source = TrainingData(
-            tasks, data, numbers, model, self.tokenizer, config.batch_size, self.config.seed, self.device
+            tasks, data, numbers, self.model, self.tokenizer, config.batch_size, self.config.seed, self.device
         )
         ctx = self._context(number, task, data[0])
         torch.manual_seed(generator_for(self.config.seed, "dropout", number).initial_seed())
         self.method.begin_task(ctx)
+        return ctx, source
+
+    def _train(self, number: int, task: Task) -> None:
+        config, model = self.method.config, self.model
+        ctx, source = self.begin(number, task)
         optimizer = ctx.optimizer
         first_lrs = [group["lr"] for group in optimizer.param_groups]
         logit_scale = model.logit_scale.detach().exp()  # frozen
@@ -170,9 +242,6 @@ class Trainer:
             rank = getattr(config, "rank", 0)
             rows = [RankEntry(number, row.name, rank, row.active_rank, row.delta_norm) for row in ranks.rows]
             self.record.ranks.extend(rows)
-        trained = len(self.stream) if self.method.joint else number
-        if self._run and self.config.keeps_checkpoint(trained, len(self.stream)):
-            self._run.save_checkpoint(number, model)
 
     def _context(self, number: int, task: Task, data: Dataset) -> TaskContext:
         earlier = self.stream.tasks[: number - 1]
@@ -202,6 +271,7 @@ class Trainer:
             )
             drift = self._drift.norm(self.model)
         self.record.add(result.own, result.union, result.held_out, drift)
+        self._commit()
         if self._run:
             self._run.write_record(self.record, seconds=self._spent)
         self._loggers.scalars(self._steps, self.record.newest())
@@ -238,16 +308,3 @@ class Trainer:
     def _finish(self, status: str, error: BaseException | None = None) -> None:
         if self._run:
             self._run.update(status=status, **({"error": f"{type(error).__name__}: {error}"} if error else {}))
-        self._loggers.close()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {name!r}; it must be auto or a torch device such as cpu or cuda:0.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device {name!r} was asked for but torch sees no GPU. Pass device=cpu, or auto.")
-    return device

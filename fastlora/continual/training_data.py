@@ -30,6 +30,8 @@ class TrainingData:
         data: their training data, in the same order.
         numbers: their numbers in the stream, from 1; the order of a task's images follows from its number.
         model, tokenizer: for the prompts, which are cut to the longest of their task.
+    Attributes:
+        sizes: number of images by task.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TrainingData:
         seed: int,
         device: torch.device,
     ) -> None:
+        self.sizes = [len(part) for part in data]
         self._device = device
         self._batches = [batches(part, batch_size, seed, number) for part, number in zip(data, numbers)]
         self._prompts = [prompts(task, model, tokenizer).to(device) for task in tasks]

@@ -85,7 +85,7 @@ def test_run_directory(clip, tokenizer, stream, tmp_path):
     assert log[0]["active_rank"] == "4.0" and float(log[2]["active_rank"]) == sum(kept[:MODULES]) / MODULES
 
     assert sorted(path.name for path in (out / "adapters").iterdir()) == [f"task_0{i}.safetensors" for i in (1, 2, 3)]
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["task_03.safetensors"]
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"task_03.safetensors", "state.safetensors"}
     assert not list(out.rglob(".*"))  # no temporary file is left
     assert_same_state(load_file(out / "checkpoints" / "task_03.safetensors"), dict(sorted(clip.state_dict().items())))
     assert list(clip.state_dict()) == list(before)  # a plain model again

@@ -99,11 +99,11 @@ def test_a_run_goes_on_with_its_own_training_images_alone(capsys, mine, weights)
     assert run(capsys, "train", *arguments, *weights, "--data.shots=2", "--method=zero_shot", "--out=run")[0] == 0
     saved = read_run("run")
     config = run_config(saved.config)
-    restore.check_same_data(saved, benchmark("folders").load(config).stream)
+    restore.check_same_data(saved.path, saved.manifest, benchmark("folders").load(config).stream)
     other = benchmark("folders").load(dataclasses.replace(config, seed=1)).stream
     restore.check_same_tests(saved, other)
     with pytest.raises(ValueError, match="so it cannot go on: 'colours' has other training images"):
-        restore.check_same_data(saved, other)
+        restore.check_same_data(saved.path, saved.manifest, other)
 
 
 def test_another_test_image_is_another_benchmark(capsys, mine, weights, tmp_path):

@@ -1,0 +1,691 @@
+"""A run that is stopped, anywhere and anyhow, and resumed ends with the bits of one that was left alone."""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fastlora
+from fastlora.continual import CoDyRAConfig, LoRAConfig, Task, TaskStream, Trainer, ZeroShotConfig, methods, read_run
+from fastlora.continual import config as configs
+from fastlora.continual.methods import LoRA
+from fastlora.continual.restore import restore
+from fastlora.continual.run_state import read_state
+from fastlora.continual.stream import Reference
+
+FILES = ("accuracy.csv", "accuracy_union.csv", "ranks.csv", "log.csv", "metrics.json", "config.yaml")
+
+
+class StatefulConfig(LoRAConfig):
+    name = "stateful"
+
+
+class Stateful(LoRA):
+    """Holds the text projection to the mean of what it was after the earlier tasks."""
+
+    config_class = StatefulConfig
+
+    def __init__(self, config, **options):
+        super().__init__(config, **options)
+        self.mean, self.count = torch.zeros(()), torch.zeros((), dtype=torch.long)
+
+    def choose_trainable(self, model):
+        """The gates, too: then the loss of a later task depends on the state."""
+
+    def extra_loss(self, ctx):
+        return (ctx.step["text_features"].mean() - self.mean).square() if self.count else None
+
+    def end_task(self, ctx):
+        self.count += 1
+        self.mean = self.mean + (ctx.step["text_features"].detach().mean() - self.mean) / self.count
+        return super().end_task(ctx)
+
+    def state_dict(self):
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state):
+        self.mean, self.count = state["mean"], state["count"]
+
+
+class PlainConfig(LoRAConfig):
+    name = "plain"
+
+
+class Plain(methods.Method):
+    """Trains the image projection itself: no adapter, nothing in a journal."""
+
+    config_class, trains, journaled = PlainConfig, True, False
+
+    def begin_task(self, ctx):
+        ctx.model.requires_grad_(False)
+        ctx.model.visual.proj.requires_grad_(True)
+        self.before = ctx.model.visual.proj.detach().clone()
+        ctx.optimizer = torch.optim.AdamW([ctx.model.visual.proj], lr=self.config.lr)
+
+    def abandon(self, model):
+        if hasattr(self, "before"):
+            model.visual.proj.data.copy_(self.before)
+
+    def end_task(self, ctx):
+        del self.before
+
+
+CONFIGS = {
+    "codyra": CoDyRAConfig(rank=4, iterations=3, batch_size=16, lr=1e-2, kappa_max=0.3),
+    "lora": LoRAConfig(rank=2, iterations=2, batch_size=16, lr=1e-2),
+    "stateful": StatefulConfig(rank=2, iterations=2, batch_size=16, lr=1e-2),
+    "plain": PlainConfig(iterations=2, batch_size=16, lr=1e-2),
+    "zero_shot": ZeroShotConfig(),
+    "quick": LoRAConfig(rank=1, iterations=1, batch_size=8, targets=("v",), where="vision"),
+}
+
+
+@pytest.fixture(autouse=True)
+def more_methods(monkeypatch):
+    for method in (Stateful, Plain):
+        monkeypatch.setitem(methods.METHODS, method.config_class.name, method)
+        monkeypatch.setitem(configs.CONFIGS, method.config_class.name, method.config_class)
+
+
+@pytest.fixture(autouse=True)
+def no_wait_for_the_disk(monkeypatch):
+    """A killed process loses nothing that it has written, synced or not."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def train(make_clip, tokenizer, make_stream):
+    """kind, directory, options -> (trainer, model), nothing trained yet."""
+
+    def make(kind, out, **options):
+        model = make_clip()
+        options = {"seed": 1, "progress": False, "log_every": 2, "checkpoints": "all"} | options
+        return Trainer(model, tokenizer, make_stream(), CONFIGS[kind], out=out, **options), model
+
+    return make
+
+
+@pytest.fixture
+def whole(train, tmp_path_factory):
+    """kind -> results of a run that nobody stopped."""
+
+    def run(kind, cache={}):  # noqa: B006  one for all tests
+        if kind not in cache:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            trainer, model = train(kind, out)
+            trainer.fit()
+            cache[kind] = results(out, model)
+        return cache[kind]
+
+    return run
+
+
+def results(out, model):
+    """The weights, and the content of every file that a figure or a weight can be read from."""
+    found = {f"weights {key}": value.clone() for key, value in model.state_dict().items()}
+    found |= {name: (out / name).read_bytes() for name in FILES}
+    for path in sorted([*out.glob("adapters/*"), *out.glob("checkpoints/task_*")]):
+        with safe_open(path, framework="pt") as file:  # whose writer gives the header's entries in any order
+            found[path.name] = file.metadata()
+            found |= {f"{path.relative_to(out)} {key}": file.get_tensor(key) for key in file.keys()}
+    return found
+
+
+def assert_same_results(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value, key
+
+
+def content(out):
+    """Every file of a directory."""
+    return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop(after=False, task=2, step=None, error=Killed):
+    """Wraps a hook so that it raises in `task`, at iteration `step` or whenever it is called, before or after its work."""
+
+    def wrap(hook):
+        def wrapped(ctx):
+            here = ctx.number == task and (step is None or ctx.step["iteration"] == step)
+            if here and not after:
+                raise error("stopped")
+            result = hook(ctx)
+            if here:
+                raise error("stopped")
+            return result
+
+        return wrapped
+
+    return wrap
+
+
+# ---- stopped by an exception, at every kind of point
+
+
+@pytest.mark.parametrize("kind", ["codyra", "lora", "stateful", "plain"])
+@pytest.mark.parametrize(
+    ("hook", "options"),
+    [
+        ("begin_task", {"task": 1}),
+        ("begin_task", {"after": True}),
+        ("after_step", {"step": 1}),
+        ("after_step", {"step": 0, "task": 3, "error": KeyboardInterrupt}),
+        ("end_task", {}),
+        ("end_task", {"after": True, "task": 3}),
+    ],
+    ids=str,
+)
+def test_stopped_in_a_hook(train, whole, tmp_path, kind, hook, options):
+    out = tmp_path / "run"
+    trainer, _ = train(kind, out)
+    setattr(trainer.method, hook, stop(**options)(getattr(trainer.method, hook)))
+    with pytest.raises((Killed, KeyboardInterrupt)):
+        trainer.fit()
+    before = read_run(out).record.finished_tasks
+    assert before == options.get("task", 2) - 1
+    trainer, model = train(kind, out, resume=True)
+    record = trainer.fit()
+    assert_same_results(results(out, model), whole(kind))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["status"] == "finished" and "error" not in manifest and record.finished_tasks == 3
+    assert [entry["after_tasks"] for entry in manifest["resumes"]] == [before]
+
+
+def test_stopped_between_the_journal_and_the_merge(train, whole, tmp_path, monkeypatch):
+    """The adapters of a task that was never finished are on disk; the task is trained again, and merged once."""
+    out = tmp_path / "run"
+    trainer, _ = train("codyra", out)
+
+    def killed(model):
+        if len(fastlora.Journal(out / "adapters")) == 2:
+            raise Killed
+        return merge(model)
+
+    merge = fastlora.merge
+    with monkeypatch.context() as patch:
+        patch.setattr(fastlora, "merge", killed)
+        with pytest.raises(Killed):
+            trainer.fit()
+    assert len(fastlora.Journal(out / "adapters")) == 2 and read_run(out).record.finished_tasks == 1
+    trainer, model = train("codyra", out, resume=True)
+    trainer.fit()
+    assert_same_results(results(out, model), whole("codyra"))
+
+
+@pytest.mark.parametrize("kind", ["codyra", "plain"])
+def test_a_trained_task_is_not_trained_again(train, whole, tmp_path, monkeypatch, kind):
+    """Stopped in the evaluation after it."""
+    from fastlora.continual import trainer as module
+
+    out, calls = tmp_path / "run", []
+
+    def evaluate(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return original(*arguments, **options)
+
+    original = module.evaluate
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    with pytest.raises(Killed):
+        train(kind, out)[0].fit()
+    assert read_run(out).record.finished_tasks == 1
+    trainer, model = train(kind, out, resume=True)
+    begun, begin_task = [], trainer.method.begin_task
+    trainer.method.begin_task = lambda ctx: (begun.append(ctx.number), begin_task(ctx))
+    trainer.fit()
+    assert begun == [3]
+    assert_same_results(results(out, model), whole(kind))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("kind", ["codyra", "lora", "stateful", "plain", "zero_shot"])
+def test_stopped_at_every_commit(train, whole, tmp_path, kind, after, monkeypatch):
+    """Each process commits once more than the one before, and stops: just before a commit, or just after it."""
+    from fastlora.continual import trainer as module
+
+    expected, out, stops, commits = whole(kind), tmp_path / "run", 0, []
+
+    def write_state(path, state):
+        commits.append(path)
+        if after or len(commits) == 1:
+            original(path, state)
+        if after or len(commits) == 2:
+            raise Killed
+
+    original = module.write_state
+    monkeypatch.setattr(module, "write_state", write_state)
+    while True:
+        commits.clear()
+        trainer, model = train(kind, out, resume=True)
+        try:
+            trainer.fit()
+            break
+        except Killed:
+            stops += 1
+    assert stops >= 3
+    assert_same_results(results(out, model), expected)
+
+
+def test_wall_times_add_up(train, tmp_path):
+    out = tmp_path / "run"
+    trainer, _ = train("codyra", out)
+    trainer.method.begin_task = stop(task=3)(trainer.method.begin_task)
+    with pytest.raises(Killed):
+        trainer.fit()
+    first = json.loads((out / "manifest.json").read_text())
+    train("codyra", out, resume=True)[0].fit()
+    second = json.loads((out / "manifest.json").read_text())
+    for key in ("train", "evaluate"):
+        assert second["seconds"][key] > first["seconds"][key] > 0
+    assert second["duration_seconds"] > first["duration_seconds"]
+    assert second["duration_seconds"] >= sum(second["seconds"].values())
+
+
+def test_weights_that_no_journal_rebuilds(train, tmp_path, make_clip):
+    """Restored from the commit point after the last task, from a checkpoint after any that was kept."""
+    out = tmp_path / "run"
+    trainer, model = train("plain", out, checkpoints="none")
+    trainer.fit()
+    restored = make_clip()
+    assert restore(restored, read_run(out), 3) == "checkpoints/state.safetensors"
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in restored.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="its weights were not kept. Train with --checkpoints all"):
+        restore(make_clip(), read_run(out), 2)
+    assert restore(make_clip(), read_run(out), 0) == "the base model"
+
+
+@pytest.mark.parametrize("name", configs.CONFIGS)
+def test_every_method(make_clip, tokenizer, make_task, tmp_path, name):
+    """Stopped in the second task, and in the evaluation after it."""
+    config = configs.CONFIGS[name]
+    known = {field.name for field in dataclasses.fields(config)}
+    quick = {"iterations": 4, "batch_size": 16, "rank": 2, "lr": 1e-3, "average_every": 2}
+    config = config(**{key: value for key, value in quick.items() if key in known})
+
+    def trainer(out, **options):
+        reference = Reference(make_task("grey", 3).test, ("a sentence", "another one"))
+        tasks = [make_task("red", 3, seed=1), make_task("green", 4, seed=2), make_task("blue", 2, seed=3)]
+        stream = TaskStream("tiny", tasks, reference=reference)
+        return Trainer(make_clip(), tokenizer, stream, config, out=out, progress=False, **options)
+
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+    stopped = trainer(tmp_path / "run")
+    stopped.method.after_step = stop(task=1 if config.name == "joint" else 2, step=2)(stopped.method.after_step)
+    if stopped.method.trains:
+        with pytest.raises(Killed):
+            stopped.fit()
+    stopped = trainer(tmp_path / "run", resume=True)
+    evaluate, rows = stopped._evaluate, []
+
+    def killed(*arguments):
+        rows.append(evaluate(*arguments))
+        if len(stopped.record.own) == 3:
+            raise Killed
+        return rows[-1]
+
+    stopped._evaluate = killed
+    with pytest.raises(Killed):
+        stopped.fit()
+    resumed = trainer(tmp_path / "run", resume=True)
+    resumed.fit()
+    assert_same_results(results(tmp_path / "run", resumed.model), results(tmp_path / "whole", whole.model))
+    assert torch.equal(*(torch.tensor(each.record.own) for each in (whole, resumed)))
+
+
+# ---- killed
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(train, whole, tmp_path):
+    """SIGKILL at least 24 times in a process of its own, the same command each time, until it comes to an end."""
+    rng, kills, ends = random.Random(0), 0, 0
+    expected, started = whole("codyra"), time.perf_counter()
+    train("codyra", tmp_path / "timed")[0].fit()
+    typical = time.perf_counter() - started
+    while kills < 24 or not ends:
+        out, model = tmp_path / f"run{ends}", None
+        if killed_after(rng.uniform(0.05, 0.9) * typical, lambda out=out: train("codyra", out, resume=True)[0].fit()):
+            kills += 1
+            continue
+        trainer, model = train("codyra", out, resume=True)  # finished: the weights are there to compare
+        trainer.fit()
+        assert_same_results(results(out, model), expected)
+        assert not [path for path in out.rglob(".*")]
+        ends += 1
+
+
+def killed_after(seconds, work):
+    """Whether `work`, done in a child, was killed before it had come to an end; it must not fail by itself."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return False
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+# ---- a full disk
+
+
+class FullFile:
+    """Half of the first write finds room."""
+
+    def __init__(self, file):
+        self.file, self.room = file, True
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room = False
+        return self.file.write(data[: len(data) // 2])
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """`disk.room` writes succeed, then none."""
+    from fastlora.continual import run_dir
+
+    class Disk:
+        room, refused = 10**9, None  # name of the first file that found none
+
+        def take(self, name):
+            self.room -= 1
+            if self.room < 0 and self.refused is None:
+                self.refused = name
+            return self.room >= 0
+
+    disk = Disk()
+
+    def fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if os.path.isfile(path) and not disk.take(os.path.basename(path)[1:].rpartition(".")[0]):  # .NAME.x1y2z3_4
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def append_whole(file, data):
+        append(file if disk.take(os.path.basename(file.name)) else FullFile(file), data)
+
+    append = run_dir.append_whole
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(run_dir, "append_whole", append_whole)
+    return disk
+
+
+@pytest.mark.parametrize(("kind", "every"), [("quick", 1), ("plain", 5)])
+def test_disk_full_at_any_write(train, whole, tmp_path, disk, kind, every):
+    """One write more in each run; then the disk has room again."""
+    room, finished = 0, False
+    while not finished:
+        out = tmp_path / f"{room}"
+        disk.room, disk.refused = room, None
+        try:
+            train(kind, out)[0].fit()
+            finished = True
+        except OSError as error:
+            assert f"{disk.refused} was not written (No space left on device)" in str(error) and str(out) in str(error)
+            assert "what was there before is whole" in str(error)
+        disk.room = 10**9
+        if (out / "accuracy.csv").exists():
+            read_run(out)  # every table is whole
+            lines = (out / "log.csv").read_text().splitlines(keepends=True)
+            assert all(line.endswith("\n") and line.count(",") == 5 for line in lines)
+        if room % 4 == 0 or finished:
+            trainer, model = train(kind, out, resume=True)
+            trainer.fit()
+            assert_same_results(results(out, model), whole(kind))
+        room += every
+    assert room > 35
+
+
+# ---- what cannot be resumed, and what is told
+
+
+@pytest.fixture
+def stopped(train, tmp_path):
+    """Directory of a run with one finished task."""
+    trainer, _ = train("codyra", tmp_path / "run")
+    trainer.method.begin_task = stop()(trainer.method.begin_task)
+    with pytest.raises(Killed):
+        trainer.fit()
+    return tmp_path / "run"
+
+
+def refused(trainer, out, message, error=ValueError):
+    before = content(out)
+    with pytest.raises(error, match=message):
+        trainer.fit()
+    assert content(out) == before
+
+
+def test_another_configuration(train, stopped, make_clip, tokenizer, make_stream):
+    config = dataclasses.replace(CONFIGS["codyra"], lr=0.5, rank=7)
+    options = {"out": stopped, "resume": True, "progress": False}
+    trainer = Trainer(make_clip(), tokenizer, make_stream(), config, seed=2, **options)
+    refused(trainer, stopped, r"run cannot .* seed was 1 and is 2 now; log_every was 2 .* and 2 more.* lr|lr was 0.01")
+    trainer = Trainer(make_clip(), tokenizer, make_stream(), LoRAConfig(), seed=1, log_every=2, **options)
+    refused(trainer, stopped, "another configuration: method was 'codyra' and is 'lora' now. Give the options")
+
+
+def test_what_may_change(train, whole, stopped):
+    trainer, model = train("codyra", stopped, resume=True, eval_batch_size=7, device="cpu", checkpoints="last")
+    trainer.fit()
+    found = {key: value for key, value in results(stopped, model).items() if key.startswith("weights")}
+    assert all(torch.equal(value, whole("codyra")[key]) for key, value in found.items())
+    assert read_run(stopped).config["eval_batch_size"] == 7
+
+
+def test_another_model(train, stopped, make_clip, tokenizer, make_stream):
+    def trainer(model):
+        options = {"out": stopped, "resume": True, "progress": False, "seed": 1, "log_every": 2}
+        return Trainer(model, tokenizer, make_stream(), CONFIGS["codyra"], **options)
+
+    model = make_clip()
+    model.visual.proj.data[0, 0] += 1
+    refused(trainer(model), stopped, r"another model than it was started with \(visual.proj has other values\)")
+    refused(
+        trainer(make_clip(layers=2)), stopped, "visual.transformer.resblocks.1.ln_1.weight is new; .* and [0-9]+ more"
+    )
+    message = r"positional_embedding was float32\[16, 32\] and is float16\[16, 32\] now"
+    refused(trainer(make_clip().half()), stopped, message)
+
+
+def test_another_benchmark(train, stopped, make_task, make_stream):
+    def with_tasks(*tasks, held_out=None):
+        trainer, _ = train("codyra", stopped, resume=True)
+        trainer.stream = TaskStream("tiny", tasks, held_out=held_out or make_stream().held_out)
+        return trainer
+
+    red, green, blue = make_stream().tasks
+    other = Task("green", tuple(reversed(green.classes)), ("{}",), None, green.test)
+    message = "classes, prompts or images .* cannot go on: 'green' has its classes in another order; .* 'green' has other prompts"
+    refused(with_tasks(red, other, blue), stopped, message)
+    refused(with_tasks(red, green, make_task("pink", 2)), stopped, "'pink' is no task of the run; task 'blue' is gone")
+    refused(with_tasks(green, red, blue), stopped, "the tasks were red, green, blue and are green, red, blue")
+    refused(with_tasks(red, green, blue, held_out=make_task("grey", 3)), stopped, "the held-out set is another")
+
+
+def test_a_file_of_another_version(train, stopped):
+    path = stopped / "checkpoints" / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file({}, path, header | {"format": "fastlora.state/9"})
+    message = "state.safetensors has format 'fastlora.state/9'; this version of fastlora reads 'fastlora.state/1'"
+    refused(train("codyra", stopped, resume=True)[0], stopped, message)
+
+
+def test_every_flipped_bit_is_found(train, tmp_path):
+    """In the file of a method that keeps weights: header and tensors."""
+    out = tmp_path / "run"
+    trainer, _ = train("plain", out)
+    trainer.method.begin_task = stop()(trainer.method.begin_task)
+    with pytest.raises(Killed):
+        trainer.fit()
+    path = out / "checkpoints" / "state.safetensors"
+    whole, rng = path.read_bytes(), random.Random(0)
+    for position in [*rng.sample(range(len(whole)), 40), *range(0, 400, 9), len(whole) - 1]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="state.safetensors (is damaged|has format)"):
+            read_state(path)
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="state.safetensors is damaged"):
+            read_state(path)
+    refused(train("plain", out, resume=True)[0], out, "is damaged: .* Restore it from a copy, or train again")
+
+
+def test_lost_and_exchanged_files(train, stopped, tmp_path):
+    trainer, _ = train("codyra", tmp_path / "other", seed=5)
+    trainer.fit()
+    adapter = stopped / "adapters" / "task_01.safetensors"
+    own = adapter.read_bytes()
+    adapter.write_bytes((tmp_path / "other" / "adapters" / "task_01.safetensors").read_bytes())
+    message = "not those that .*state.safetensors was written with, so a file in it is of another run"
+    refused(train("codyra", stopped, resume=True)[0], stopped, message)
+    adapter.unlink()
+    message = "adapters holds 0 of the 1 adapter files that .*state.safetensors follows on"
+    refused(train("codyra", stopped, resume=True)[0], stopped, message, FileNotFoundError)
+    adapter.write_bytes(own)
+    (stopped / "checkpoints" / "state.safetensors").unlink()
+    message = "state.safetensors is missing, so the 1 finished tasks of .* cannot be taken up"
+    refused(train("codyra", stopped, resume=True)[0], stopped, message, FileNotFoundError)
+
+
+def test_tables_and_log_are_written_again(train, whole, stopped):
+    """They follow from the commit point: whatever became of them."""
+    for name in FILES:
+        (stopped / name).unlink()
+    (stopped / "manifest.json").unlink()
+    (stopped / ".manifest.json.0123abcd").write_text("half")
+    trainer, model = train("codyra", stopped, resume=True)
+    trainer.fit()
+    assert_same_results(results(stopped, model), whole("codyra"))
+    assert not list(stopped.rglob(".*")) and read_run(stopped).status == "finished"
+
+
+def test_a_finished_run(train, whole, tmp_path):
+    out = tmp_path / "run"
+    train("codyra", out)[0].fit()
+    trainer, model = train("codyra", out, resume=True)
+    trainer.method.begin_task = stop(task=1)(trainer.method.begin_task)  # nothing is left to train
+    trainer.fit()
+    assert_same_results(results(out, model), whole("codyra"))
+
+
+def test_nothing_to_resume(train, whole, tmp_path):
+    trainer, model = train("codyra", tmp_path / "new", resume=True)
+    trainer.fit()
+    assert_same_results(results(tmp_path / "new", model), whole("codyra"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("all of it")
+    with pytest.raises(FileExistsError, match="mine is no run directory .it holds thesis.tex and no manifest.json."):
+        train("codyra", tmp_path / "mine", resume=True)
+    with pytest.raises(FileExistsError, match="or --resume to go on with it"):
+        train("codyra", tmp_path / "new")
+
+
+def test_a_directory_in_the_making(train, whole, tmp_path):
+    """Killed before the first commit: there is no manifest yet."""
+    out = tmp_path / "run"
+    (out / "adapters").mkdir(parents=True)
+    (out / "log.csv").write_text("task,iter")
+    (out / ".config.yaml.x1y2z3_4").write_text("half")
+    trainer, model = train("codyra", out, resume=True)
+    trainer.fit()
+    assert_same_results(results(out, model), whole("codyra"))
+    assert not list(out.rglob(".*"))
+
+
+def test_two_processes(train, tmp_path):
+    out = tmp_path / "run"
+    trainer, _ = train("codyra", out)
+    seen, begin_task = [], trainer.method.begin_task
+
+    def second(ctx):
+        with pytest.raises(RuntimeError, match="run is in use: another process trains into it"):
+            train("codyra", out, resume=True)[0].fit()
+        seen.append(ctx.number)
+        begin_task(ctx)
+
+    trainer.method.begin_task = second
+    trainer.fit()
+    assert seen == [1, 2, 3]
+    train("codyra", out, resume=True)[0].fit()  # the lock went with the run
+
+
+def test_after_a_loss_that_is_not_finite(train, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    trainer, _ = train("codyra", out)
+    trainer.method.extra_loss = lambda ctx: torch.tensor(float("nan")) if ctx.number == 2 else None
+    with pytest.raises(FloatingPointError, match="loss is nan at iteration 0 .* of task 2"):
+        trainer.fit()
+    assert read_run(out).status == "failed"
+    trainer, model = train("codyra", out, resume=True, progress=True)
+    trainer.fit()
+    assert_same_results(results(out, model), whole("codyra"))
+    line = capsys.readouterr().out.splitlines()[0]
+    assert (
+        "resumed after task 1/3; before, the run was stopped by an error (FloatingPointError: the loss is nan" in line
+    )
+
+
+# ---- nothing of the images
+
+
+@pytest.mark.parametrize("kind", ["codyra", "stateful", "plain"])
+def test_the_commit_point_holds_nothing_of_the_images(make_clip, tokenizer, make_task, tmp_path, kind):
+    """Its tensors are the model's and those that the method names; their size does not depend on the number of images;
+    no row of them is an image, or a feature of one, up to its length."""
+    shapes = []
+    for shots in (4, 8):
+        tasks = [make_task("red", 3, shots=shots, seed=1), make_task("green", 4, shots=shots, seed=2)]
+        images = torch.cat([task.train.images for task in tasks])
+        model = make_clip()
+        base = {name: value.clone() for name, value in model.state_dict().items()}
+        out = tmp_path / f"run{shots}"
+        trainer = Trainer(model, tokenizer, TaskStream("s", tasks), CONFIGS[kind], out=out, progress=False)
+        trainer.fit()
+        tensors = load_file(out / "checkpoints" / "state.safetensors")
+        named = {f"model.{name}" for name in base} | {f"method.{name}" for name in trainer.method.state_dict()}
+        assert tensors.keys() <= named
+        shapes.append({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        before = make_clip()
+        with torch.no_grad():
+            features = [each.eval().encode_image(images) for each in (before, model)]
+        old = torch.nn.functional.normalize(torch.cat(features), dim=-1)  # [images, D]
+        pixels = torch.nn.functional.normalize(images.flatten(1), dim=-1)
+        for name, tensor in tensors.items():
+            for known in (old, pixels):
+                if tensor.numel() and tensor.numel() % known.shape[1] == 0:
+                    rows = torch.nn.functional.normalize(tensor.float().reshape(-1, known.shape[1]), dim=-1)
+                    assert (rows @ known.t()).max() < 0.999, name
+    assert shapes[0] == shapes[1]
