@@ -16,8 +16,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from fastlora.continual.config import UsageError, nearest
+
+if TYPE_CHECKING:
+    from fastlora.continual.arguments import TrainArguments
+    from fastlora.continual.trainer import Trainer
 
 _ERRORS = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, ImportError)
 
@@ -54,31 +59,89 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(argv: Sequence[str]) -> None:
-    """train a method on a benchmark: [--config FILE] [--method NAME] [--method.KEY VALUE] [--seed N] [--out DIR] ..."""
+    """train a method on a benchmark: [--config FILE] [--method NAME] [--seed N | --seeds N] [--out DIR] [--resume] ..."""
     with _needs("train", "jsonargparse", "yaml"):
         from fastlora.continual.arguments import parse_train
 
         arguments = parse_train(argv)
-    config = arguments.run
-    out = arguments.out or Path("runs") / f"{config.benchmark}-{config.method.name}-seed{config.seed}"
-    from fastlora.continual.run_dir import check_new_directory
+    if arguments.dry_run:
+        _print_plan(arguments)
+        return
+    if arguments.out.parent == Path("runs"):
+        arguments.out.parent.mkdir(exist_ok=True)
+    if arguments.seeds:
+        _train_seeds(arguments)
+    else:
+        _train_one(arguments)
 
-    if arguments.out is None:
-        out.parent.mkdir(exist_ok=True)
-    check_new_directory(out)  # before torch and the benchmark take their seconds
-    with _needs("train", "open_clip", "matplotlib", "rich", "sklearn"):
-        from fastlora.continual.benchmarks import benchmark
+
+def _train_one(arguments: TrainArguments) -> None:
+    config, out, resume = arguments.run, arguments.out, arguments.resume
+    from fastlora.continual.resume import finished_already
+    from fastlora.continual.run_dir import check_new_directory, check_run_directory
+
+    # before torch and the benchmark take their seconds
+    if resume and finished_already(out, config):
+        print(f"{out} is finished already; nothing was trained.")
+        if not (out / "report.html").exists():
+            report([str(out)])
+        else:
+            _print_run(out)
+        return
+    (check_run_directory if resume and out.exists() else check_new_directory)(out)
+    trainer = _trainer(arguments)
+    with _needs("train", "matplotlib"):
         from fastlora.continual.report import write_report
-        from fastlora.continual.trainer import Trainer
-    loaded = benchmark(config.benchmark).load(config)
     try:
-        Trainer(*loaded, config=config, out=out).fit()
+        trainer.fit()
     except BaseException:
         if (out / "manifest.json").exists():
-            print(f"{out} holds the finished tasks; `fastlora report {out}` shows them.", file=sys.stderr)
+            print(
+                f"{out} holds the finished tasks; `fastlora report {out}` shows them, and the same command with "
+                "--resume goes on from there.",
+                file=sys.stderr,
+            )
         raise
     write_report(out)
     _print_run(out)
+
+
+def _train_seeds(arguments: TrainArguments) -> None:
+    from fastlora.continual import seeds
+
+    seeds.check_directories(arguments)
+    processes = arguments.processes or seeds.default_processes(arguments.run.device)
+    codes = seeds.run_all(seeds.commands(arguments), processes, arguments.run.method.name)
+    finished = [arguments.out / f"seed{seed}" for seed, code in codes.items() if code == 0]
+    if finished:
+        from fastlora.continual.compare import comparison_text, group_runs
+        from fastlora.continual.saved_run import read_run
+
+        print(comparison_text(group_runs([read_run(path) for path in finished])))
+        print("\nReports: " + ", ".join(str(path / "report.html") for path in finished))
+    failed = [str(seed) for seed, code in codes.items() if code != 0]
+    if failed:
+        raise RuntimeError(
+            f"seed {', '.join(failed)} of {len(codes)} failed; the others are whole in {arguments.out}. The same command "
+            "with --resume goes on with what is not finished."
+        )
+
+
+def _print_plan(arguments: TrainArguments) -> None:
+    trainer = _trainer(arguments)
+    from fastlora.continual.dry_run import plan_text
+
+    print(plan_text(trainer.plan()))
+
+
+def _trainer(arguments: TrainArguments) -> Trainer:
+    with _needs("train", "open_clip", "rich", "sklearn"):
+        from fastlora.continual.benchmarks import benchmark
+        from fastlora.continual.trainer import Trainer
+    config = arguments.run
+    loaded = benchmark(config.benchmark).load(config)
+    out = None if arguments.dry_run else arguments.out
+    return Trainer(*loaded, config=config, out=out, resume=arguments.resume)
 
 
 def evaluate(argv: Sequence[str]) -> None:

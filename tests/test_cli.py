@@ -20,8 +20,15 @@ pytest.importorskip("jsonargparse")
 import fastlora  # noqa: E402
 from fastlora import cli  # noqa: E402
 from fastlora.continual import benchmarks  # noqa: E402
-from fastlora.continual.arguments import parse_train  # noqa: E402
-from fastlora.continual.config import CoDyRAConfig, LoRAConfig, UsageError, ZeroShotConfig  # noqa: E402
+from fastlora.continual.arguments import options_of, parse_train  # noqa: E402
+from fastlora.continual.config import (  # noqa: E402
+    CONFIGS,
+    CoDyRAConfig,
+    LoRAConfig,
+    RunConfig,
+    UsageError,
+    ZeroShotConfig,
+)
 from fastlora.continual.stream import InMemoryImages, Task, TaskStream  # noqa: E402
 
 QUICK = ["--benchmark", "tiny", "--method.iterations=3", "--method.rank=2", "--method.batch_size=8"]
@@ -67,9 +74,9 @@ def no_plots(monkeypatch):
 
 
 def test_defaults_are_the_demo_and_codyra_with_its_preset():
-    run, out = parse_train([]).run, parse_train([]).out
+    run, out = parse_train([]).run, str(parse_train([]).out)
     preset = benchmarks.BENCHMARKS["demo"].preset(CoDyRAConfig)
-    assert (run.benchmark, run.seed, out) == ("demo", 0, None)
+    assert (run.benchmark, run.seed, out) == ("demo", 0, "runs/demo-codyra-seed0")
     assert run.method == CoDyRAConfig(**preset) and run.method.iterations == 120
 
 
@@ -111,11 +118,32 @@ def test_command_line_overrides_files_wherever_it_stands(tmp_path):
     assert parsed.run.seed == 2 and str(parsed.out) == "from_file"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "seeds", "out"),
+    [
+        (["--seeds=3"], (0, 1, 2), "runs/demo-codyra"),
+        (["--seeds", "2", "--seed=5"], (5, 6), "runs/demo-codyra"),
+        (["--seeds=4,0", "--out=mine"], (4, 0), "mine"),
+        ([], (), "runs/demo-codyra-seed0"),
+    ],
+)
+def test_seeds(arguments, seeds, out):
+    parsed = parse_train(arguments)
+    assert parsed.seeds == seeds and str(parsed.out) == out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_options_of_a_run_give_it_back(name):
+    run = RunConfig(method=CONFIGS[name](), seed=3, log_every=7)
+    assert parse_train(options_of(run)).run == run
+
+
 def test_print_config_can_be_read_back(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", *QUICK, "--method", "lora", "--method.targets=[q,fc2]", "--print_config"])
     assert stop.value.code == 0
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert not os.path.exists("runs")
     expected = LoRAConfig(iterations=3, rank=2, batch_size=8, targets=("q", "fc2"))
     assert parse_train(["--config", "run.yaml"]).run.method == expected
 
@@ -143,6 +171,12 @@ def test_config_of_a_run_can_be_read_back(capsys, tmp_path, no_plots):
         (["--method.kappa_max=-0.1"], "kappa_max is -0.1; it must be a finite number >= 0"),
         (["--method.kappa_max=.nan"], "kappa_max is nan"),
         (["--method.prox=exakt"], "prox is 'exakt'; accepted: exact, released. Did you mean 'exact'"),
+        (["--resum"], "option is '--resum'; .* Did you mean '--resume'"),
+        (["--dryrun"], "option is '--dryrun'; .* Did you mean '--dry-run'"),
+        (["--seeds=0"], "seeds is '0'; it must be different seeds such as 0,1,2, or their number"),
+        (["--seeds=1,1"], "seeds is '1,1'"),
+        (["--seeds=many"], "seeds is 'many'"),
+        (["--processes=0"], "processes is 0; it must be an integer >= 1"),
         (["--seed=-1"], "seed is -1; it must be an integer >= 0"),
         (["more"], "nrecognized arguments: more"),
         (["--config"], "--config was given without a file"),
@@ -281,6 +315,54 @@ def test_signals_leave_a_readable_run(capsys, no_plots, monkeypatch, sent, code)
     assert signal.getsignal(signal.SIGTERM) is handler
     got, out, _ = run(capsys, "report", "run")
     assert got == 0 and "codyra on tiny, seed 0: interrupted" in out and "after 1 red" in out and "after 2" not in out
+
+
+def test_resume(capsys, no_plots, monkeypatch, tmp_path):
+    """The same command with --resume, after a failure and after the end."""
+    from fastlora.continual.methods import CoDyRA
+
+    assert run(capsys, "train", *QUICK, "--out=whole", "--resume")[0] == 0  # nothing there: a new run
+    with monkeypatch.context() as patch:
+        patch.setattr(CoDyRA, "extra_loss", lambda self, ctx: torch.tensor(float("nan")) if ctx.number == 2 else None)
+        code, _, err = run(capsys, "train", *QUICK, "--out=run")
+        assert code == 1 and "loss is nan" in err and "the same command with --resume goes on from there" in err
+    code, _, err = run(capsys, "train", *QUICK, "--out=run", "--method.lr=1", "--resume")
+    assert code == 1 and "method.lr was 0.0005 and is 1.0 now" in err and "Give the options that" in err
+    code, out, _ = run(capsys, "train", *QUICK, "--out=run", "--resume")
+    assert code == 0 and "resumed after task 1/2; before, the run was stopped by an error (FloatingPointError" in out
+    for file in ("accuracy.csv", "accuracy_union.csv", "log.csv", "ranks.csv", "metrics.json", "config.yaml"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    weights = [load_file(tmp_path / name / "checkpoints" / "task_02.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    code, out, _ = run(capsys, "train", *QUICK, "--out=run", "--resume")
+    assert code == 0 and "run is finished already; nothing was trained" in out and "Learning %" in out
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
+    code, _, err = run(capsys, "train", *QUICK, "--seed=1", "--out=run", "--resume")
+    assert code == 1 and "seed was 0 and is 1 now" in err
+
+
+@pytest.mark.parametrize("method", sorted(CONFIGS.keys() - {"zscl"}))  # which needs reference data
+def test_dry_run(capsys, tmp_path, method):
+    code, out, err = run(capsys, "train", "--benchmark=tiny", f"--method={method}", "--dry-run", "--out=run")
+    assert code == 0 and err == "" and not os.listdir(tmp_path)
+    assert f"{method} on tiny, seed 0, on cpu: the plan; nothing is trained." in out
+    assert "commit point" in out and "Class names that tasks share: none." in out
+
+
+@pytest.mark.slow
+def test_seeds_on_the_demo(capfd, tmp_path):
+    """Two processes; of what is resumed one is finished already, the other damaged."""
+    quick = ["--method=zero_shot", "--out", tmp_path]
+    code, out, _ = run(capfd, "train", *quick, "--seeds=0,1")
+    assert code == 0 and "zero_shot, mean over seeds 0, 1, own" in out and "mean ± s.d. over seeds" in out
+    (tmp_path / "seed1" / "manifest.json").write_text("{}")
+    (tmp_path / "seed1" / "checkpoints" / "state.safetensors").write_text("no state")
+    code, out, err = run(capfd, "train", *quick, "--seeds=0,1", "--resume")
+    assert code == 1 and "seed 1 | fastlora train: " in err and "state.safetensors is damaged" in err
+    assert "seed 1 of 2 failed; the others are whole" in err
+    assert "zero_shot, seed 0, own label space" in out
 
 
 def test_a_failure_is_one_message(capsys, monkeypatch):

@@ -8,6 +8,7 @@ Both `method: codyra` and `method: {name: codyra, rank: 16}` are understood, and
 from __future__ import annotations
 
 import dataclasses
+import json
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,13 @@ from fastlora.continual.config import (
     RunConfig,
     UsageError,
     check_one_of,
+    flat,
     run_config,
 )
+from fastlora.continual.configs.base import check_count
+
+# of the command, not of the run: its config.yaml leaves them out
+_NOT_SAVED = ("out", "resume", "dry_run", "seeds", "processes")
 
 _DESCRIPTION = """Train a method on a benchmark and write a run directory. Default: CoDyRA on the embedded benchmark.
 The options --method.KEY are those of the method asked for: `fastlora train --method lora --help`."""
@@ -30,10 +36,23 @@ The options --method.KEY are those of the method asked for: `fastlora train --me
 
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
-    """What to train, and where to: `out` is None for the default directory."""
+    """What to train, and how.
+
+    Args:
+        run: the run; of several seeds, the first.
+        out: its directory, or the one that holds the directories of several seeds.
+        resume: go on with what is in `out`.
+        dry_run: print the plan, train nothing.
+        seeds: of a run each; empty for the one run of `run.seed`.
+        processes: that work on several seeds at once; None for as many as the machine can run.
+    """
 
     run: RunConfig
-    out: Path | None
+    out: Path
+    resume: bool = False
+    dry_run: bool = False
+    seeds: tuple[int, ...] = ()
+    processes: int | None = None
 
 
 def parse_train(argv: Sequence[str]) -> TrainArguments:
@@ -62,14 +81,25 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
         # files first, so that an option decides also when it stands before --config
         given = [part for _, config in configs for part in ("--config", _dump(config))]
         values = parser.parse_args([*given, *arguments]).as_dict()
-        out = values.pop("out")
         values.pop("config")
+        rest = {key: values.pop(key) for key in _NOT_SAVED}
         run = benchmark(bench).completed(run_config(values))
+        seeds = _seeds(rest.pop("seeds"), run.seed)
+        if rest["processes"] is not None:
+            check_count("processes", rest["processes"], "Give how many seeds to train at once.")
     except ArgumentError as error:
         raise UsageError(f"{' '.join(str(error).split())}. See `fastlora train --method {method} --help`.") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
-    return TrainArguments(run, None if out is None else Path(out))
+    name = f"{run.benchmark}-{run.method.name}" + ("" if seeds else f"-seed{run.seed}")
+    out = Path(rest.pop("out") or Path("runs") / name)
+    return TrainArguments(run, out, seeds=seeds, **rest)
+
+
+def options_of(config: RunConfig) -> list[str]:
+    """The command line that gives `config` whatever the defaults and presets are."""
+    values = flat(config.as_dict())
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def _parser(config: type[MethodConfig], bench: Benchmark) -> Any:
@@ -82,11 +112,42 @@ def _parser(config: type[MethodConfig], bench: Benchmark) -> Any:
     parser.add_argument(
         "--out", type=str, default=None, help="run directory to make (default: runs/BENCHMARK-METHOD-seedN)."
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in its directory from its last finished task; the task in work starts again. "
+        f"Same command otherwise; {', '.join(RunConfig.MAY_CHANGE)} may change.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print tasks, sizes and memory, and train nothing.")
+    parser.add_argument(
+        "--seeds",
+        type=str | None,
+        help="a run for each: 0,1,2; or their number from --seed on: 3. In parallel processes, each in OUT/seedN "
+        "(default OUT: runs/BENCHMARK-METHOD); at the end the mean and s.d. over them.",
+    )
+    parser.add_argument(
+        "--processes", type=int | None, help="with --seeds: trained at once (default: one a core, or one a GPU)."
+    )
     names = f"also written --method NAME; one of {', '.join(CONFIGS)}. Benchmarks: {', '.join(BENCHMARKS)}."
     parser.add_argument("--method.name", type=str, default=config.name, help=names)
     parser.add_class_arguments(config, "method", as_group=False)
     parser.set_defaults({f"method.{key}": value for key, value in bench.preset(config).items()} | bench.options)
     return parser
+
+
+def _seeds(text: str | None, first: int) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    try:
+        given = [int(part) for part in text.split(",")]
+    except ValueError:
+        given = [-1]
+    seeds = given if "," in text else range(first, first + given[0])
+    if min(given) < 0 or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"seeds is {text!r}; it must be different seeds such as 0,1,2, or their number, from --seed on, such as 3."
+        )
+    return tuple(seeds)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -145,7 +206,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_keys(path: Path, config: dict[str, Any], method: type[MethodConfig]) -> None:
     for key in config:
-        check_one_of(f"--config {path}: key", key, [field.name for field in dataclasses.fields(RunConfig)] + ["out"])
+        check_one_of(
+            f"--config {path}: key", key, [field.name for field in dataclasses.fields(RunConfig)] + list(_NOT_SAVED)
+        )
     for key in config.get("data") or {}:
         check_one_of(f"--config {path}: key of data", key, [field.name for field in dataclasses.fields(DataConfig)])
     for key in config.get("method", {}):
