@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-ADAPTER_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
+ADAPTER_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 FULL_LRS = (1e-5, 3e-5, 1e-4, 3e-4)
 
 
