@@ -87,12 +87,17 @@ def test_a_run_of_joint_adapters_is_restored_after_every_task(checkpoints, make_
         assert_same(plain_state(model), after)
 
 
-def test_a_run_of_joint_weights_keeps_its_checkpoint(make_trainer, make_clip, tmp_path):
+def test_a_run_of_joint_weights_keeps_them(make_trainer, make_clip, tmp_path):
+    """As a checkpoint; without one in the commit point, where those after the last training are."""
     after = fitted(make_trainer(JointConfig(**ADAPTERS, train="weights"), out=tmp_path / "run"))
     model = make_clip()
     assert restore(model, read_run(tmp_path / "run"), 3) == "checkpoints/task_01.safetensors"
     assert_same(plain_state(model), after)
     fitted(make_trainer(JointConfig(**ADAPTERS, train="weights"), out=tmp_path / "bare", checkpoints="none"))
+    model = make_clip()
+    assert restore(model, read_run(tmp_path / "bare"), 3) == "checkpoints/state.safetensors"
+    assert_same(plain_state(model), after)
+    (tmp_path / "bare" / "checkpoints" / "state.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="joint leaves no adapters"):
         restore(make_clip(), read_run(tmp_path / "bare"), 3)
 
