@@ -66,6 +66,8 @@ def restore(model: nn.Module, run: SavedRun, task: int, method: Method | None = 
         raise ValueError(f"task {task} was asked for; {run.path} has finished {finished} tasks. Give 0 to {finished}.")
     if task == 0 or not method.trains:
         return "the base model"
+    if method.beside_weights:
+        return _attach(model, run, task, method)
     checkpoint = run.path / "checkpoints" / f"task_{1 if method.joint else task:02d}.safetensors"
     if checkpoint.is_file() and not method.per_dataset:
         _load_checkpoint(model, checkpoint)
@@ -76,6 +78,19 @@ def restore(model: nn.Module, run: SavedRun, task: int, method: Method | None = 
     if state.trained != (1 if method.joint else task):
         return method.rebuild(model, Journal(run.path / "adapters"), task)
     model.load_state_dict(state.model)
+    return str(STATE)
+
+
+def _attach(model: nn.Module, run: SavedRun, task: int, method: Method) -> str:
+    state = read_state(run.path / STATE)
+    if state.trained != task:
+        raise ValueError(
+            f"{run.config['method']['name']} keeps what it learned beside the weights, and {run.path / STATE} holds it as "
+            f"after task {state.trained}; task {task} was asked for. Give {state.trained}, or 0 for the base model."
+        )
+    model.load_state_dict(state.model, strict=False)
+    method.load_state_dict(state.method)
+    method.attach(model)
     return str(STATE)
 
 
@@ -160,6 +175,8 @@ def _load_state(model: nn.Module, method: Method, run: RunDir, state: RunState) 
             "is of another run. Restore the directory from a copy, or train again with another --out."
         )
     method.load_state_dict(state.method)
+    if state.trained:
+        method.attach(model)
 
 
 def _load_checkpoint(model: nn.Module, path: Path) -> None:

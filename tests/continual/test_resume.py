@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import fastlora
 from fastlora.continual import CoDyRAConfig, LoRAConfig, Task, TaskStream, Trainer, ZeroShotConfig, methods, read_run
 from fastlora.continual import config as configs
+from fastlora.continual.evaluation import evaluate
 from fastlora.continual.methods import LoRA
-from fastlora.continual.restore import restore
+from fastlora.continual.restore import method_of, restore
 from fastlora.continual.run_state import read_state
 from fastlora.continual.stream import Reference
 
@@ -306,6 +307,35 @@ def test_weights_that_no_journal_rebuilds(train, tmp_path, make_clip):
     with pytest.raises(FileNotFoundError, match="its weights were not kept. Train with --checkpoints all"):
         restore(make_clip(), read_run(out), 2)
     assert restore(make_clip(), read_run(out), 0) == "the base model"
+
+
+def test_what_stays_beside_the_weights_is_there_again(make_clip, tokenizer, make_stream, tmp_path):
+    """In the evaluation that a kill cut short, and in that of the finished run."""
+    config = configs.method_config("expert_pool", iterations=10, batch_size=16, lr=1e-2)
+
+    def trainer(out, **options):
+        return Trainer(make_clip(), tokenizer, make_stream(), config, out=out, progress=False, **options)
+
+    whole = trainer(tmp_path / "whole").fit()
+    plain = evaluate(make_clip(), tokenizer, make_stream())
+    assert whole.own[3] != list(plain.own), "the pool changes nothing that this test could see"
+    stopped = trainer(tmp_path / "run")
+    evaluation = stopped._evaluate
+    stopped._evaluate = lambda *given: evaluation(*given) if len(stopped.record.own) < 3 else stop_here()
+    with pytest.raises(Killed):
+        stopped.fit()
+    assert trainer(tmp_path / "run", resume=True).fit().own == whole.own
+
+    run, model = read_run(tmp_path / "run"), make_clip()
+    method = method_of(run)
+    assert restore(model, run, 3, method) == "checkpoints/state.safetensors"
+    assert list(evaluate(model, tokenizer, make_stream()).own) == whole.own[3]
+    with pytest.raises(ValueError, match="holds it as after task 3; task 2 was asked for. Give 3, or 0"):
+        restore(make_clip(), run, 2)
+
+
+def stop_here():
+    raise Killed
 
 
 @pytest.mark.parametrize("name", configs.CONFIGS)

@@ -66,6 +66,7 @@ class Method:
         joint: trains on the data of all tasks at once, in place of the first task; nothing is trained after it.
         journaled: the model after a task follows from the base model and the adapters in the journal. Where it does
             not, a run keeps the weights.
+        beside_weights: what was learned stays beside the weights, in `state_dict`; `attach` puts it into a plain model.
         per_dataset: `evaluation_model` gives other models to other data sets.
         selects: of the components that a task starts with, `end_task` merges a choice.
         draws: what that choice hangs on that is drawn at random: gates, choice, or nothing.
@@ -75,6 +76,7 @@ class Method:
     trains: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     journaled: ClassVar[bool] = True
+    beside_weights: ClassVar[bool] = False
     per_dataset: ClassVar[bool] = False
     selects: ClassVar[bool] = False
     draws: str = ""
@@ -139,6 +141,9 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what `state_dict` gave after the last finished task."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Put what `load_state_dict` took back into a plain model, where it does not go into the weights."""
 
     @contextlib.contextmanager
     def evaluation_model(self, model: nn.Module, index: int) -> Iterator[nn.Module]:

@@ -39,6 +39,7 @@ class ExpertPool(Method):
     config_class = ExpertPoolConfig
     trains = True
     journaled = False
+    beside_weights = True
 
     def __init__(self, config: ExpertPoolConfig, **options: str) -> None:
         super().__init__(config, **options)
