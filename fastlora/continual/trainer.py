@@ -77,6 +77,7 @@ class Trainer:
     ) -> None:
         self.config = config or RunConfig(benchmark=stream.name, method=method, seed=seed, **options)
         self.method = build_method(self.config.method, backend=self.config.backend)
+        self.method.check(stream)
         self.device = find_device(self.config.device)
         self.model: Any = model.to(self.device)
         self.tokenizer, self.stream = tokenizer, stream

@@ -16,7 +16,7 @@ from fastlora.adapt import RankReport
 from fastlora.continual.batches import generator_for
 from fastlora.continual.config import MethodConfig
 from fastlora.continual.configs.base import AdapterConfig
-from fastlora.continual.stream import Reference, Task
+from fastlora.continual.stream import Reference, Task, TaskStream
 from fastlora.journal import Journal
 from fastlora.optim import ProxAdamW
 
@@ -89,6 +89,9 @@ class Method:
             )
         self.config: Any = config
         self.backend = backend
+
+    def check(self, stream: TaskStream) -> None:
+        """Raises ValueError where the stream lacks what the method needs; called before anything is computed."""
 
     def begin_task(self, ctx: TaskContext) -> None:
         """Before the first step: make the model trainable and set ctx.optimizer."""

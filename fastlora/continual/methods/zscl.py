@@ -14,6 +14,7 @@ from fastlora.continual.losses import distillation_loss
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.full import FullFineTuning
 from fastlora.continual.methods.weights import other_weights
+from fastlora.continual.stream import TaskStream
 from fastlora.continual.text import cut_context, encode_text
 
 _AT_ONCE = 256
@@ -46,12 +47,15 @@ class ZSCL(FullFineTuning):
         self.averaged = 0
         self.draws: dict[str, Iterator[Tensor]] = {}
 
-    def begin_task(self, ctx: TaskContext) -> None:
-        if ctx.reference is None:
+    def check(self, stream: TaskStream) -> None:
+        if stream.reference is None:
             raise ValueError(
-                "the stream has no reference data, which zscl distils on. Give TaskStream(..., reference=Reference(images, "
-                "texts)), or train another method."
+                f"the stream {stream.name!r} has no reference data, which zscl distils on. Give --data.reference DIR where "
+                "the benchmark reads images from disk, or TaskStream(..., reference=Reference(images, texts)), or train "
+                "another method."
             )
+
+    def begin_task(self, ctx: TaskContext) -> None:
         super().begin_task(ctx)
         if self.reference is None:
             self.reference = _TeacherFeatures(ctx, self.config.references)
