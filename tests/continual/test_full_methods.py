@@ -278,7 +278,9 @@ def test_lwf_keeps_what_was_said_of_earlier_classes(make_trainer, tokenizer):
 
 def test_zscl_needs_reference_data(make_trainer):
     """Told before anything is evaluated."""
-    with pytest.raises(ValueError, match=r"has no reference data.*--data.reference DIR .*TaskStream\(..., reference=Ref"):
+    with pytest.raises(
+        ValueError, match=r"has no reference data.*--data.reference DIR .*TaskStream\(..., reference=Ref"
+    ):
         make_trainer(ZSCLConfig(**QUICK), with_reference=False)
 
 
