@@ -1,7 +1,7 @@
 """Learning against forgetting, and against what is held out: each rule over the values of one option.
 
-python bench/frontier.py explore --runs DIR    every rule, one seed, on the validation sets: to see which are worth it
-python bench/frontier.py test --runs DIR       the rules of the page, five seeds, on the test sets
+python bench/frontier.py explore --runs DIR    one seed, on the validation sets: to see which rules are worth it
+python bench/frontier.py test --runs DIR       five seeds, on the test sets
 python bench/frontier.py show --runs DIR --out bench/results/frontier.json --plot docs/frontier.png --docs docs/methods.md
 """
 
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from method_grid import EXPLORED, RULES, Entry
-from method_runs import Job, figures_of, number, run_all, spread
+from method_grid import RULES, Entry
+from method_runs import Job, cell, markdown, number, replace_between, run_all, spread
 
 EXPLORE_SEED = 100
 FORGETTING = (2.0, 3.5, 5.0, 8.0)  # points at which the curves are read
-MARK, END = "<!-- frontier -->", "<!-- end of frontier -->"
 
 
 def jobs_of(entries: list[Entry], benchmark: str, seeds: list[int]) -> list[Job]:
@@ -27,34 +26,21 @@ def jobs_of(entries: list[Entry], benchmark: str, seeds: list[int]) -> list[Job]
 
 
 def gather(entries: list[Entry], benchmark: str, runs: Path, seeds: list[int]) -> dict[str, Any]:
-    """Curve of each rule: one point a value, mean and s.d. over the seeds that are all there."""
+    """Curve of each rule: one point a value, mean and s.d. over the seeds, where all of them are finished."""
     rules = []
     for entry in entries:
         points = []
         for value in entry.values:
-            paths = [Job(entry, benchmark, value, seed).path(runs) for seed in seeds]
-            if all((path / "metrics.json").exists() for path in paths):
-                found = [figures_of(path) for path in paths]
+            found = [Job(entry, benchmark, value, seed).figures(runs) for seed in seeds]
+            if None not in found:
                 points.append({"value": value, **{s: spread([f[s] for f in found]) for s in ("own", "union")}})
         if points:
-            rules.append(
-                {
-                    "label": entry.label,
-                    "method": entry.method,
-                    "options": entry.options,
-                    "vary": entry.vary,
-                    "points": points,
-                }
-            )
+            settings = {"method": entry.method, "options": entry.options, "vary": entry.vary}
+            rules.append({"label": entry.label, **settings, "points": points})
     from fastlora.continual.manifest import versions
 
-    return {
-        "command": "python bench/frontier.py",
-        "benchmark": benchmark,
-        "seeds": seeds,
-        "versions": versions(),
-        "rules": rules,
-    }
+    conditions = {"benchmark": benchmark, "seeds": seeds, "versions": versions()}
+    return {"command": "python bench/frontier.py", **conditions, "rules": rules}
 
 
 def at_forgetting(rule: dict[str, Any], forgetting: float, figure: str) -> float | None:
@@ -66,30 +52,21 @@ def at_forgetting(rule: dict[str, Any], forgetting: float, figure: str) -> float
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: Learning and held-out of each rule at equal forgetting."""
-    head = [f"{title} at {at:g}" for title in ("Learning", "Held-out") for at in FORGETTING]
-    lines = [" | ".join(["Rule", "over", *head]), " | ".join(["---", "---", *["---:"] * len(head)])]
+    lines = [["Rule", "over", *(f"{title} at {at:g}" for title in ("Learning", "Held-out") for at in FORGETTING)]]
     for rule in result["rules"]:
         cells = [number(at_forgetting(rule, at, figure)) for figure in ("learning", "held_out") for at in FORGETTING]
-        lines.append(" | ".join([rule["label"], rule["vary"], *cells]))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append([rule["label"], rule["vary"], *cells])
+    return markdown(lines, texts=2)
 
 
 def points_table(result: dict[str, Any]) -> str:
     """Markdown: every point."""
     keys = ("learning", "forgetting", "last", "held_out", "mean_rank")
-    lines = [
-        "Rule | value | Learning | Forgetting | Last | Held-out | Kept rank",
-        "--- | ---: | ---: | ---: | ---: | ---: | ---:",
-    ]
+    lines = [["Rule", "value", "Learning", "Forgetting", "Last", "Held-out", "Kept rank"]]
     for rule in result["rules"]:
         for point in rule["points"]:
-            cells = [_cell(point["own"][key]) for key in keys]
-            lines.append(" | ".join([rule["label"], f"{point['value']:g}", *cells]))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def _cell(figure: dict[str, Any]) -> str:
-    return number(figure["mean"]) + (f" ± {figure['sd']:.1f}" if figure["sd"] is not None else "")
+            lines.append([rule["label"], f"{point['value']:g}", *(cell(point["own"][key]) for key in keys)])
+    return markdown(lines)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -97,7 +74,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from fastlora.continual.plots import OKABE_ITO, STYLE, save
+    from fastlora.continual.drawing import COLOURS, STYLE, save
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5), layout="constrained")
@@ -107,7 +84,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 points = sorted(rule["points"], key=lambda point: point["own"]["learning"]["mean"])
                 x, y = ([point["own"][name]["mean"] for point in points] for name in (key, "learning"))
                 errors = [[point["own"][name]["sd"] or 0 for point in points] for name in (key, "learning")]
-                style = {"color": OKABE_ITO[i % 8], "marker": "osD^v<>Ph*"[i % 10], "ls": ("-", "--", ":")[i // 8 % 3]}
+                style = {"color": COLOURS[i % 8], "marker": "osD^v<>Ph*"[i % 10], "ls": ("-", "--", ":")[i // 8 % 3]}
                 axes.errorbar(x, y, errors[1], errors[0], ms=4.5, lw=1.3, elinewidth=0.6, label=rule["label"], **style)
             axes.grid(True)
         panels[0].set(xlabel="Forgetting (points; left is better)", ylabel="Learning (%; up is better)")
@@ -117,9 +94,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def write_docs(result: dict[str, Any], page: Path) -> None:
-    before, _, rest = page.read_text().partition(MARK)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{MARK}\n\n{table(result)}\n\n{points_table(result)}\n\n{END}{after}")
+    text = f"{table(result)}\n\n{points_table(result)}"
+    replace_between(page, "<!-- frontier -->", "<!-- end of frontier -->", text)
 
 
 def main() -> None:
@@ -138,7 +114,7 @@ def main() -> None:
         os.environ[name] = "1"  # before the workers import torch
     exploring = options.what == "explore" or options.explored
     benchmark, seeds = ("demo_validation", [EXPLORE_SEED]) if exploring else ("demo", options.seeds)
-    rules = [rule for rule in (EXPLORED if exploring else RULES) if not options.only or rule.label in options.only]
+    rules = [rule for rule in RULES if not options.only or rule.label in options.only]
     if options.what != "show":
         run_all(jobs_of(rules, benchmark, seeds), options.runs, options.processes)
         return

@@ -57,8 +57,8 @@ GRID = (
 _SCALES = (0.35, 0.5, 0.75, 1.0)
 _EIGHT = {"rank": 8}
 
-# curves to look at on validation sets
-EXPLORED = (
+# curves of learning against forgetting
+RULES = (
     Entry("LoRA r=16 x alpha", "lora", {"rank": 16}, "merge_scale", _SCALES),
     Entry("LoRA r=8 x alpha", "lora", _EIGHT, "merge_scale", _SCALES),
     Entry("LoRA r=4 x alpha", "lora", {"rank": 4}, "merge_scale", _SCALES),
@@ -68,4 +68,3 @@ EXPLORED = (
     Entry("LoRA r=8 feed-forward x alpha", "lora", _EIGHT | {"targets": ("fc1", "fc2")}, "merge_scale", _SCALES),
     Entry("CoDyRA x alpha", "codyra", {}, "merge_scale", _SCALES),
 )
-RULES = EXPLORED

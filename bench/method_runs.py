@@ -48,6 +48,20 @@ class Job:
         value = {} if self.value is None else {self.entry.vary: self.value}
         return config(**(benchmark(self.benchmark).preset(config) | self.entry.options | value))
 
+    def figures(self, runs: Path) -> dict[str, Any] | None:
+        """Both label spaces' figures, the held-out curve and the seconds; None unless a run of these options is finished."""
+        path = self.path(runs)
+        if not finished(path, self.config()):
+            return None
+        metrics = json.loads((path / "metrics.json").read_text())
+        keys = [key for key, _ in COLUMNS]
+        return {
+            "own": {key: metrics[key] for key in keys},
+            "union": {key: metrics["union"][key] for key in keys},
+            "held_out_curve": metrics["held_out_curve"],
+            "seconds": json.loads((path / "manifest.json").read_text())["seconds"],
+        }
+
 
 def train(job: Job, runs: Path) -> str:
     """Train, unless a finished run of the same settings is there."""
@@ -65,7 +79,7 @@ def train(job: Job, runs: Path) -> str:
     run = RunConfig(benchmark=job.benchmark, method=config, seed=job.seed)
     loaded = benchmark(job.benchmark).load(run)
     Trainer(*loaded, config, seed=job.seed, out=path, checkpoints="none", progress=False).fit()
-    return f"{path.name}: {line(figures_of(path))}"
+    return f"{path.name}: {line(job.figures(runs))}"
 
 
 def finished(path: Path, config: Any) -> bool:
@@ -78,20 +92,6 @@ def finished(path: Path, config: Any) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return manifest["status"] == "finished" and method == config.as_dict()
-
-
-def figures_of(path: Path) -> dict[str, Any]:
-    """Both label spaces' figures, the held-out curve, the tables and the seconds of a run."""
-    metrics = json.loads((path / "metrics.json").read_text())
-    manifest = json.loads((path / "manifest.json").read_text())
-    keys = [key for key, _ in COLUMNS]
-    return {
-        "own": {key: metrics[key] for key in keys},
-        "union": {key: metrics["union"][key] for key in keys},
-        "held_out_curve": metrics["held_out_curve"],
-        "learned": metrics["per_dataset"].get("learning"),
-        "seconds": manifest["seconds"],
-    }
 
 
 def run_all(jobs: list[Job], runs: Path, processes: int) -> None:
@@ -123,6 +123,25 @@ def spread(figures: list[dict[str, Any]]) -> dict[str, Any]:
 
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
+
+
+def cell(figure: dict[str, Any]) -> str:
+    """A figure of `spread`: mean ± s.d."""
+    return number(figure["mean"]) + (f" ± {figure['sd']:.1f}" if figure["sd"] is not None else "")
+
+
+def markdown(lines: list[list[str]], texts: int = 1) -> str:
+    """A table whose first line is the head; the first `texts` columns are words, the others figures."""
+    head, *rows = lines
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def replace_between(page: Path, mark: str, end: str, text: str) -> None:
+    """Put `text` between two marks of a page; behind it all, with the marks, where there are none."""
+    before, _, rest = page.read_text().partition(mark)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{mark}\n\n{text}\n\n{end}{after}")
 
 
 def line(figures: dict[str, Any]) -> str:

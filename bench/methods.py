@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from method_grid import GRID, Entry
-from method_runs import COLUMNS, Job, figures_of, number, run_all, spread
+from method_runs import COLUMNS, Job, cell, markdown, number, replace_between, run_all, spread
 
 SWEEP_SEED = 100  # no seed of the table
 
@@ -34,9 +34,7 @@ def test_jobs(entries: list[Entry], runs: Path, seeds: list[int]) -> list[Job]:
 
 def best_value(entry: Entry, runs: Path) -> float | None:
     """The value with the highest Average on the validation sets."""
-    if not entry.values:
-        return None
-    found = {value: figures_of(Job(entry, "demo_validation", value, SWEEP_SEED).path(runs)) for value in entry.values}
+    found = {job.value: job.figures(runs) for job in sweep_jobs([entry])}
     return max(found, key=lambda value: found[value]["own"]["average"])
 
 
@@ -44,13 +42,12 @@ def gather(entries: list[Entry], runs: Path, seeds: list[int]) -> dict[str, Any]
     """Everything that is finished, with the conditions it was measured under."""
     rows = []
     for entry in entries:
-        sweep = {job.value: job.path(runs) for job in sweep_jobs([entry])}
-        if not all((path / "metrics.json").exists() for path in sweep.values()):
+        sweep = {job.value: job.figures(runs) for job in sweep_jobs([entry])}
+        if None in sweep.values():
             continue
         value = best_value(entry, runs)
-        tests = [Job(entry, "demo", value, seed).path(runs) for seed in seeds]
-        done = [figures_of(path) for path in tests if (path / "metrics.json").exists()]
-        if len(done) < len(seeds):
+        done = [job.figures(runs) for job in test_jobs([entry], runs, seeds)]
+        if None in done:
             continue
         row = {
             "label": entry.label,
@@ -59,7 +56,7 @@ def gather(entries: list[Entry], runs: Path, seeds: list[int]) -> dict[str, Any]
             "vary": entry.vary,
             "value": value,
         }
-        row["sweep"] = {f"{tried}": figures_of(path)["own"] for tried, path in sweep.items()}
+        row["sweep"] = {f"{tried}": figures["own"] for tried, figures in sweep.items()}
         row |= {space: spread([figures[space] for figures in done]) for space in ("own", "union")}
         row["seconds"] = statistics.fmean(sum(figures["seconds"].values()) for figures in done)
         row["evaluation_share"] = statistics.fmean(
@@ -73,44 +70,33 @@ def gather(entries: list[Entry], runs: Path, seeds: list[int]) -> dict[str, Any]
 
 
 def table(result: dict[str, Any], space: str) -> str:
-    """Markdown: mean ± s.d. over the seeds, and how far the figures move over the learning rates."""
-    head = ["Method", "lr", *(title for _, title in COLUMNS)]
-    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(COLUMNS) + 1)])]
+    """Markdown: mean ± s.d. over the seeds."""
+    lines = [["Method", "lr", *(title for _, title in COLUMNS)]]
     for row in result["rows"]:
         rate = "–" if row["value"] is None else f"{row['value']:g}"
-        lines.append(" | ".join([row["label"], rate, *(_cell(row[space][key]) for key, _ in COLUMNS)]))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append([row["label"], rate, *(cell(row[space][key]) for key, _ in COLUMNS)])
+    return markdown(lines)
 
 
 def sweep_table(result: dict[str, Any]) -> str:
     """Markdown: Learning, Forgetting and Average of every learning rate on the validation sets, one seed."""
-    lines = ["Method | lr | Learning | Forgetting | Average | Held-out", "--- | ---: | ---: | ---: | ---: | ---:"]
+    lines = [["Method", "lr", "Learning", "Forgetting", "Average", "Held-out"]]
     for row in result["rows"]:
         for rate, figures in row["sweep"].items():
-            if rate != "None":
+            if row["value"] is not None:
                 cells = [number(figures[key]) for key in ("learning", "forgetting", "average", "held_out")]
                 mark = "**" if float(rate) == row["value"] else ""
-                lines.append(" | ".join([row["label"], f"{mark}{float(rate):g}{mark}", *cells]))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def _cell(figure: dict[str, Any]) -> str:
-    return number(figure["mean"]) + (f" ± {figure['sd']:.1f}" if figure["sd"] is not None else "")
-
-
-MARK, END = "<!-- figures -->", "<!-- end of figures -->"
+                lines.append([row["label"], f"{mark}{float(rate):g}{mark}", *cells])
+    return markdown(lines)
 
 
 def write_docs(result: dict[str, Any], page: Path) -> None:
-    """Put the tables between the marks of the page."""
-    before, _, rest = page.read_text().partition(MARK)
-    _, _, after = rest.partition(END)
     parts = [
         "Own label space:\n\n" + table(result, "own"),
         "Union label space (the task is not known):\n\n" + table(result, "union"),
         "Learning rates, validation sets, one seed (bold: taken):\n\n" + sweep_table(result),
     ]
-    page.write_text(f"{before}{MARK}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}")
+    replace_between(page, "<!-- figures -->", "<!-- end of figures -->", "\n\n".join(parts))
 
 
 def main() -> None:

@@ -171,9 +171,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def plan_text(plan: Plan) -> str:
     """Tables of the plan."""
     header = ["task", "classes", "test images", "training images", "iterations", "images seen"]
-    rows = [[task.name, *_counts(task)] for task in plan.tasks]
-    totals = [sum(values) for values in zip(*([int(cell.replace(",", "")) for cell in row[1:]] for row in rows))]
-    rows.append(["all", *(f"{total:,}" for total in totals)])
+    counts = {task.name: _counts(task) for task in plan.tasks}
+    totals = [sum(values) for values in zip(*counts.values())]
+    rows = [[name, *(f"{count:,}" for count in row)] for name, row in [*counts.items(), ("all", totals)]]
     tested = (len(plan.tasks) + 1) * (totals[1] + plan.held_out_images)
     lines = [f"{plan.title}: the plan; nothing is trained.", "", text_table(header, rows), ""]
     lines.append(f"Evaluation: {len(plan.tasks) + 1} times, {tested:,} images in all, held-out set included.")
@@ -182,10 +182,8 @@ def plan_text(plan: Plan) -> str:
     return "\n".join([*lines, "", _memory(plan), "", _disk(plan)])
 
 
-def _counts(task: PlannedTask) -> list[str]:
-    return [
-        f"{value:,}" for value in (task.classes, task.test_images, task.train_images, task.iterations, task.images_seen)
-    ]
+def _counts(task: PlannedTask) -> list[int]:
+    return [task.classes, task.test_images, task.train_images, task.iterations, task.images_seen]
 
 
 def _memory(plan: Plan) -> str:

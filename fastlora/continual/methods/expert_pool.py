@@ -29,8 +29,7 @@ class ExpertPool(Method):
     Simplified: the paper trains a pool a task, adds a loss that keeps the pools' most used experts orthogonal, and merges
     those. Here, as in MoRAM, the experts and router rows of earlier tasks stay, frozen, among those that an input
     chooses from; nothing is merged, so a test input is routed as a training input is, and the model keeps its pool
-    between tasks. (One pool trained on through all tasks, per="sample", forgot more than plain LoRA: 30.7 against 22.7
-    points on the demo, where this forgets 11.5.)
+    between tasks. (One pool that trains on through all tasks forgets more than plain LoRA.)
 
     The pool belongs to this object: the model's state_dict is that of the plain model, whose weights never change, and
     `state_dict()` is the pool. `attach(model)` puts a pool that was loaded into a plain model.

@@ -1,0 +1,101 @@
+"""The comparison of methods and the frontiers: one run in earnest, the tables from runs with made-up figures."""
+
+import json
+import sys
+from pathlib import Path
+
+import frontier
+import method_grid
+import methods
+import pytest
+import yaml
+from method_grid import GRID, RULES, Entry
+from method_runs import Job, run_all, train
+
+pytest.importorskip("open_clip")
+
+FIGURES = ("learning", "forgetting", "last", "average", "transfer", "held_out", "mean_rank")
+
+
+def saved(job, runs, status="finished", **figures):
+    """A run directory as far as the tables read it; the union has half of each figure."""
+    path = job.path(runs)
+    path.mkdir(parents=True)
+    values = {key: 10.0 for key in FIGURES} | figures
+    metrics = values | {"union": {key: value / 2 for key, value in values.items()}, "held_out_curve": [70.0, 60.0]}
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    (path / "manifest.json").write_text(json.dumps({"status": status, "seconds": {"train": 3.0, "evaluate": 1.0}}))
+    (path / "config.yaml").write_text(yaml.safe_dump({"method": job.config().as_dict()}))
+
+
+@pytest.mark.parametrize("entry", [*GRID, *RULES], ids=lambda entry: entry.label)
+def test_every_entry_is_a_method_with_its_options(entry):
+    for value in entry.values or (None,):
+        Job(entry, "demo", value, 0).config()
+
+
+def test_labels_name_one_entry_each():
+    for entries in (GRID, RULES):
+        assert len({entry.label for entry in entries}) == len(entries)
+
+
+def test_a_run_and_its_figures(tmp_path):
+    (entry,) = (entry for entry in GRID if entry.label == "zero-shot")
+    job = Job(entry, "demo_validation", None, 100)
+    assert job.figures(tmp_path) is None
+    run_all([job], tmp_path, processes=1)
+    figures = job.figures(tmp_path)
+    assert figures["own"]["forgetting"] == 0 and 30 < figures["own"]["last"] < 50 and figures["seconds"]["train"] == 0
+    assert train(job, tmp_path).endswith("is there")
+
+
+def test_table_of_methods(tmp_path, monkeypatch, capsys):
+    entry, unfinished = Entry("LoRA", "lora", {"rank": 2}, values=(1e-3, 2e-3)), Entry("CoDyRA", "codyra", values=())
+    monkeypatch.setattr(methods, "GRID", (entry, unfinished))
+    for job, average in zip(methods.sweep_jobs([entry]), (30.0, 40.0)):
+        saved(job, tmp_path, average=average, learning=50.0)
+    for seed, learning in enumerate((58.0, 60.0, 62.0)):
+        saved(Job(entry, "demo", 2e-3, seed), tmp_path, learning=learning)
+        saved(Job(unfinished, "demo", None, seed), tmp_path)
+    saved(methods.sweep_jobs([unfinished])[0], tmp_path, status="running")
+
+    page, out = tmp_path / "page.md", tmp_path / "methods.json"
+    page.write_text("before\n\n<!-- figures -->\n\noutdated\n\n<!-- end of figures -->\n\nafter\n")
+    command = ["methods.py", "show", "--runs", str(tmp_path), "--out", str(out), "--docs", str(page)]
+    monkeypatch.setattr(sys, "argv", command)
+    methods.main()
+    text = page.read_text()
+    assert "| LoRA | 0.002 | 60.0 ± 2.0 | 10.0 ± 0.0 |" in text and "| LoRA | 0.002 | 30.0 ± 1.0 |" in text
+    assert "| LoRA | 0.001 | 50.0 | 10.0 | 30.0 | 10.0 |" in text and "| LoRA | **0.002** |" in text
+    assert "CoDyRA" not in text, "a run that goes on still has no figures"
+    assert text.startswith("before") and text.endswith("after\n") and "outdated" not in text
+    assert json.loads(out.read_text())["rows"][0]["evaluation_share"] == 0.25
+    assert "60.0 ± 2.0" in capsys.readouterr().out
+
+
+def test_frontier(tmp_path, monkeypatch):
+    rule = Entry("LoRA x alpha", "lora", {"rank": 2}, "merge_scale", (0.5, 1.0))
+    monkeypatch.setattr(frontier, "RULES", (rule,))
+    for value, learning, forgetting in ((0.5, 40.0, 2.0), (1.0, 60.0, 6.0)):
+        for seed in range(2):
+            job = Job(rule, "demo", value, seed)
+            saved(job, tmp_path, learning=learning + seed, forgetting=forgetting, held_out=50.0 - forgetting)
+    page, plot, out = (tmp_path / name for name in ("page.md", "frontier.png", "frontier.json"))
+    page.write_text("text\n")
+    command = ["frontier.py", "show", "--runs", str(tmp_path), "--seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(out), "--plot", str(plot), "--docs", str(page)])
+    frontier.main()
+    # half-way between the points at forgetting 5 - 2 of 6 - 2; none beyond the last
+    assert "| LoRA x alpha | merge_scale | 40.5 | 48.0 | 55.5 | – | 48.0 | 46.5 | 45.0 | – |" in page.read_text()
+    assert "| LoRA x alpha | 0.5 | 40.5 ± 0.7 | 2.0 ± 0.0 |" in page.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG") and len(json.loads(out.read_text())["rules"][0]["points"]) == 2
+
+
+def test_the_committed_table_is_that_of_the_grid():
+    result = json.loads((Path(method_grid.__file__).parent / "results" / "methods.json").read_text())
+    page = (Path(method_grid.__file__).parent.parent / "docs" / "methods.md").read_text()
+    assert methods.table(result, "own") in page and methods.sweep_table(result) in page
+    labels = {entry.label: entry for entry in GRID}
+    for row in result["rows"]:
+        entry = labels[row["label"]]
+        assert (row["method"], row["options"], row["vary"]) == (entry.method, entry.options, entry.vary)
