@@ -6,7 +6,9 @@ python bench/methods.py test --runs DIR             three seeds of each method a
 python bench/methods.py show --runs DIR --out bench/results/methods.json --docs docs/methods.md
 
 The best rate is that of the highest Average in the own label space: the mean over all data sets and all tasks, which
-counts what is learned, what is kept, and what is still to come. Runs that are finished are not run again.
+counts what is learned, what is kept, and what is still to come. The sweep starts with the rates between the first and
+the last of the grid, and goes on to the neighbours of the best until it has both. Runs that are finished are not run
+again.
 """
 
 from __future__ import annotations
@@ -22,30 +24,51 @@ from method_grid import GRID, Entry
 from method_runs import COLUMNS, Job, cell, markdown, number, replace_between, run_all, spread
 
 SWEEP_SEED = 100  # no seed of the table
+AT_ONCE = 8  # methods whose sweeps go together: enough that no process waits long, few enough that rows come early
 
 
-def sweep_jobs(entries: list[Entry]) -> list[Job]:
-    return [Job(entry, "demo_validation", value, SWEEP_SEED) for entry in entries for value in entry.values or (None,)]
+def sweep_job(entry: Entry, value: float | None) -> Job:
+    return Job(entry, "demo_validation", value, SWEEP_SEED)
+
+
+def swept(entry: Entry, runs: Path) -> dict[float | None, dict[str, Any]]:
+    """Value -> figures of its finished run on the validation sets; where nothing is to be chosen, the value is None."""
+    found = {value: sweep_job(entry, value).figures(runs) for value in entry.values or (None,)}
+    return {value: figures for value, figures in found.items() if figures is not None}
+
+
+def to_sweep(entry: Entry, runs: Path) -> list[float | None]:
+    """Values the sweep needs next: the inner ones, then the neighbours of the best; none when it is complete."""
+    values, done = entry.values or (None,), swept(entry, runs)
+    first = [value for value in values[1:-1] or values if value not in done]
+    if first:
+        return first
+    best = values.index(best_value(done))
+    return [value for value in values[max(best - 1, 0) : best + 2] if value not in done]
+
+
+def best_value(done: dict[float | None, dict[str, Any]]) -> float | None:
+    """The value with the highest Average on the validation sets."""
+    return max(done, key=lambda value: done[value]["own"]["average"])
 
 
 def test_jobs(entries: list[Entry], runs: Path, seeds: list[int]) -> list[Job]:
-    return [Job(entry, "demo", best_value(entry, runs), seed) for seed in seeds for entry in entries]
+    return [Job(entry, "demo", best_value(swept(entry, runs)), seed) for seed in seeds for entry in entries]
 
 
-def best_value(entry: Entry, runs: Path) -> float | None:
-    """The value with the highest Average on the validation sets."""
-    found = {job.value: job.figures(runs) for job in sweep_jobs([entry])}
-    return max(found, key=lambda value: found[value]["own"]["average"])
+def sweep(entries: list[Entry], runs: Path, processes: int) -> None:
+    while jobs := [sweep_job(entry, value) for entry in entries for value in to_sweep(entry, runs)]:
+        run_all(jobs, runs, processes)
 
 
 def gather(entries: list[Entry], runs: Path, seeds: list[int]) -> dict[str, Any]:
     """Everything that is finished, with the conditions it was measured under."""
     rows = []
     for entry in entries:
-        sweep = {job.value: job.figures(runs) for job in sweep_jobs([entry])}
-        if None in sweep.values():
+        if to_sweep(entry, runs):
             continue
-        value = best_value(entry, runs)
+        tried = swept(entry, runs)
+        value = best_value(tried)
         done = [job.figures(runs) for job in test_jobs([entry], runs, seeds)]
         if None in done:
             continue
@@ -56,7 +79,7 @@ def gather(entries: list[Entry], runs: Path, seeds: list[int]) -> dict[str, Any]
             "vary": entry.vary,
             "value": value,
         }
-        row["sweep"] = {f"{tried}": figures["own"] for tried, figures in sweep.items()}
+        row["sweep"] = {f"{value}": figures["own"] for value, figures in tried.items()}
         row |= {space: spread([figures[space] for figures in done]) for space in ("own", "union")}
         row["seconds"] = statistics.fmean(sum(figures["seconds"].values()) for figures in done)
         row["evaluation_share"] = statistics.fmean(
@@ -120,11 +143,11 @@ def main() -> None:
             write_docs(result, options.docs)
         print(table(result, "own"))
         return
-    at_once = options.processes if options.what == "run" else len(entries)
+    at_once = AT_ONCE if options.what == "run" else len(entries)
     for start in range(0, len(entries), at_once):
         some = entries[start : start + at_once]
         if options.what in ("run", "sweep"):
-            run_all(sweep_jobs(some), options.runs, options.processes)
+            sweep(some, options.runs, options.processes)
         if options.what in ("run", "test"):
             run_all(test_jobs(some, options.runs, options.seeds), options.runs, options.processes)
 

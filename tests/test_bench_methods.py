@@ -52,12 +52,12 @@ def test_a_run_and_its_figures(tmp_path):
 def test_table_of_methods(tmp_path, monkeypatch, capsys):
     entry, unfinished = Entry("LoRA", "lora", {"rank": 2}, values=(1e-3, 2e-3)), Entry("CoDyRA", "codyra", values=())
     monkeypatch.setattr(methods, "GRID", (entry, unfinished))
-    for job, average in zip(methods.sweep_jobs([entry]), (30.0, 40.0)):
-        saved(job, tmp_path, average=average, learning=50.0)
+    for value, average in zip(entry.values, (30.0, 40.0)):
+        saved(methods.sweep_job(entry, value), tmp_path, average=average, learning=50.0)
     for seed, learning in enumerate((58.0, 60.0, 62.0)):
         saved(Job(entry, "demo", 2e-3, seed), tmp_path, learning=learning)
         saved(Job(unfinished, "demo", None, seed), tmp_path)
-    saved(methods.sweep_jobs([unfinished])[0], tmp_path, status="running")
+    saved(methods.sweep_job(unfinished, None), tmp_path, status="running")
 
     page, out = tmp_path / "page.md", tmp_path / "methods.json"
     page.write_text("before\n\n<!-- figures -->\n\noutdated\n\n<!-- end of figures -->\n\nafter\n")
@@ -71,6 +71,27 @@ def test_table_of_methods(tmp_path, monkeypatch, capsys):
     assert text.startswith("before") and text.endswith("after\n") and "outdated" not in text
     assert json.loads(out.read_text())["rows"][0]["evaluation_share"] == 0.25
     assert "60.0 ± 2.0" in capsys.readouterr().out
+
+
+def test_a_sweep_ends_when_the_best_rate_has_both_neighbours(tmp_path):
+    entry = Entry("LoRA", "lora", {"rank": 2}, values=(1.0, 2.0, 3.0, 4.0, 5.0))
+    averages = dict(zip(entry.values, (10.0, 20.0, 40.0, 50.0, 30.0)))
+    asked = []
+    while values := methods.to_sweep(entry, tmp_path):
+        asked.append(values)
+        for value in values:
+            saved(methods.sweep_job(entry, value), tmp_path, average=averages[value])
+    assert asked == [[2.0, 3.0, 4.0], [5.0]]
+    assert methods.best_value(methods.swept(entry, tmp_path)) == 4.0
+
+
+def test_a_sweep_does_not_leave_the_grid(tmp_path):
+    entry = Entry("LoRA", "lora", {"rank": 2}, values=(1.0, 2.0, 3.0))
+    for value in entry.values:
+        saved(methods.sweep_job(entry, value), tmp_path, average=10 * value)
+    assert methods.to_sweep(entry, tmp_path) == [] and methods.to_sweep(
+        Entry("zero", "zero_shot", values=()), tmp_path
+    ) == [None]
 
 
 def test_frontier(tmp_path, monkeypatch):
