@@ -86,12 +86,15 @@ def finished(path: Path, config: Any) -> bool:
     """Whether `path` holds a finished run with this method's options."""
     import yaml
 
+    from fastlora.continual.config import method_config
+
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        method = yaml.safe_load((path / "config.yaml").read_text())["method"]
+        # read as a config: an option that is newer than the run has its default
+        trained = method_config(**yaml.safe_load((path / "config.yaml").read_text())["method"])
     except (OSError, ValueError, KeyError):
         return False
-    return manifest["status"] == "finished" and method == config.as_dict()
+    return manifest["status"] == "finished" and trained == config
 
 
 def run_all(jobs: list[Job], runs: Path, processes: int) -> None:

@@ -80,7 +80,7 @@ def reference_hashes(reference: Reference) -> dict[str, Any]:
     files = getattr(reference.images, "files", None)
     named = {} if files is None else {"files_sha256": _sha256(list(files))}
     return {
-        "images": len(reference.images),
+        "images": 0 if reference.images is None else len(reference.images),
         "texts": len(reference.texts),
         "texts_sha256": _sha256(list(reference.texts)),
     } | named

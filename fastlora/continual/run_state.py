@@ -128,7 +128,9 @@ def read_state(path: Path) -> RunState:
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+            # cloned into memory of torch's own alignment: in the file's, which hangs on the length of the header, the last
+            # bits of a product can be others, and a resumed run would differ from one that was never cut short
+            return file.metadata() or {}, {key: file.get_tensor(key).clone() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(_damaged(path, str(error))) from error
 

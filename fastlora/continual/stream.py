@@ -141,17 +141,19 @@ class Reference:
     """Images and texts of no task, for methods that hold a model to what it said of them.
 
     Args:
-        images: map-style dataset of (float image tensor [3, H, W], already preprocessed; int, ignored).
+        images: map-style dataset of (float image tensor [3, H, W], already preprocessed; int, ignored); None for texts
+            alone.
         texts: sentences, at least one.
     Raises:
         TypeError, ValueError: what was given, what is accepted, what to do.
     """
 
-    images: Dataset
+    images: Dataset | None
     texts: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _check_data(self.images, "images of the reference data", classes=sys.maxsize)
+        if self.images is not None:
+            _check_data(self.images, "images of the reference data", classes=sys.maxsize)
         object.__setattr__(self, "texts", _texts(self.texts, "texts of the reference data"))
 
 

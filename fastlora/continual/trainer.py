@@ -24,6 +24,7 @@ from fastlora.continual.loggers import Loggers
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.manifest import TOLD_APART, describe
 from fastlora.continual.methods import TaskContext, build_method
+from fastlora.continual.methods.distillation import Distillation, check_reference, distils
 from fastlora.continual.progress import Progress
 from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.restore import open_run
@@ -78,6 +79,8 @@ class Trainer:
         self.config = config or RunConfig(benchmark=stream.name, method=method, seed=seed, **options)
         self.method = build_method(self.config.method, backend=self.config.backend)
         self.method.check(stream)
+        if distils(self.config.method):
+            check_reference(self.config.method, stream, images=self.config.method.distil_on == "reference")
         self.device = find_device(self.config.device)
         self.model: Any = model.to(self.device)
         self.tokenizer, self.stream = tokenizer, stream
@@ -191,6 +194,8 @@ class Trainer:
         )
         ctx = self._context(number, task, data[0])
         torch.manual_seed(generator_for(self.config.seed, "dropout", number).initial_seed())
+        if distils(config):
+            ctx.distillation = Distillation(ctx, config)
         self.method.begin_task(ctx)
         return ctx, source
 
@@ -223,9 +228,9 @@ class Trainer:
             loss = contrastive_loss(image_features, text_features, batch.labels, logit_scale, ctx.seen_classes)
             ctx.step = {"iteration": iteration, "images": batch.images, "labels": batch.labels, "loss": loss}
             ctx.step |= {"image_features": image_features, "text_features": text_features}
-            extra_loss = self.method.extra_loss(ctx)
-            if extra_loss is not None:
-                loss = loss + extra_loss
+            for extra_loss in (self.method.extra_loss(ctx), ctx.distillation and ctx.distillation.loss(ctx)):
+                if extra_loss is not None:
+                    loss = loss + extra_loss
 
             optimizer.zero_grad()
             loss.backward()

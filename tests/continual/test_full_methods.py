@@ -11,8 +11,8 @@ from fastlora.continual.annealing import cosine
 from fastlora.continual.batches import batches
 from fastlora.continual.config import FullConfig, LwFConfig, WiSEFTConfig, ZSCLConfig
 from fastlora.continual.losses import contrastive_loss
+from fastlora.continual.methods.distillation import endless
 from fastlora.continual.methods.weights import interpolate_, other_weights, snapshot, trainable
-from fastlora.continual.methods.zscl import _draws
 from fastlora.continual.plots import training_curves
 from fastlora.continual.restore import restore
 from fastlora.continual.saved_run import read_run
@@ -296,7 +296,7 @@ def test_zscl_is_distillation_from_the_base_model_in_both_directions(texts, make
 
     def check(ctx, loss):
         method, images, texts_drawn = trainer.method, drawn["images"][-1], drawn["texts"][-1]
-        pixels = data.images.images[method.reference._chosen[images]]
+        pixels = data.images.images[method.reference.chosen[images]]
         tokens = method.reference.tokens[texts_drawn]
         tokens = F.pad(tokens, (0, 16 - tokens.shape[1]))
         features = {"base": (base.encode_image(pixels), base.encode_text(tokens))}
@@ -368,7 +368,7 @@ def test_zscl_consolidation_is_the_squared_distance_from_the_previous_weights(ma
 def test_zscl_draws_by_seed_and_task_alone():
     def first(*purpose):
         torch.manual_seed(len(drawn))
-        drawn.append([part.tolist() for part in itertools.islice(_draws(20, 8, *purpose), 5)])
+        drawn.append([part.tolist() for part in itertools.islice(endless(20, 8, *purpose), 5)])
         return drawn[-1]
 
     drawn = []
@@ -380,7 +380,7 @@ def test_zscl_draws_by_seed_and_task_alone():
 def test_zscl_uses_no_more_reference_data_than_asked_for(make_trainer):
     trainer = make_trainer(ZSCLConfig(**QUICK, references=5))
     trainer.fit()
-    assert {kind: len(part) for kind, part in trainer.method.reference.features.items()} == {"images": 5, "texts": 5}
+    assert {kind: len(part) for kind, part in trainer.method.features.items()} == {"images": 5, "texts": 5}
 
 
 # ---- options

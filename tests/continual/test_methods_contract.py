@@ -105,6 +105,26 @@ def test_same_seed_same_bits_and_another_seed_others(name, make_trainer):
     assert any(not torch.equal(a[key], b[key]) for a, b in zip(runs[0], runs[2], strict=True) for key in a)
 
 
+@pytest.mark.parametrize("name", having("rank", "distillation"))
+def test_distillation_joins_every_method_with_adapters(name, make_trainer):
+    """Its loss changes what is learned, and a task goes on from the weights and the method's state all the same."""
+    plain, whole = make_trainer(name), make_trainer(name, distillation=1.0)
+    plain.fit()
+    states = states_after_tasks(whole)
+    whole.fit()
+    assert any(
+        not torch.equal(a[key], b[key]) for a, b in zip(results(plain), results(whole), strict=True) for key in a
+    )
+    if whole.method.joint:
+        return
+    resumed = make_trainer(name, distillation=1.0)
+    resumed.model.load_state_dict(states[1][0])
+    resumed.method.load_state_dict(states[1][1])
+    resumed._train(2, resumed.stream.tasks[1])
+    for got, want in zip(results(resumed), results(whole), strict=True):
+        assert_same(got, want)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_stopped_in_mid_task_leaves_the_weights_of_the_task_before(name, make_trainer):
     trainer = make_trainer(name)

@@ -82,15 +82,31 @@ class AdapterConfig(TrainedConfig):
     Args:
         rank: rank-1 components of each adapter of a task, before any pruning; >= 1.
         targets: which linear layers get an adapter, out of q, k, v, out, fc1, fc2.
+        distillation: factor of a loss that holds the model to what a teacher says of images and texts; 0 for none.
+        teacher: of distillation, previous (the model before the task) or base (the one before the first task).
+        distil_on: of distillation, task (the images of the step against reference texts; no other image is needed) or
+            reference (images of no task, too).
+        temperature: of the softmax on both sides of distillation; > 0.
+        references: images and texts of the reference data that are used, at most; drawn once from the seed.
     """
 
     rank: int = 16
     targets: tuple[str, ...] = TARGETS
+    distillation: float = 0.0
+    teacher: str = "previous"
+    distil_on: str = "task"
+    temperature: float = 2.0
+    references: int = 8192
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "targets", check_targets(self.targets))
         check_count("rank", self.rank, "Give the number of rank-1 components per layer, 16 in the paper.")
+        check_number("distillation", self.distillation, ">= 0", lambda v: v >= 0.0, "Give a factor such as 1.")
+        check_one_of("teacher", self.teacher, ("previous", "base"))
+        check_one_of("distil_on", self.distil_on, ("task", "reference"))
+        check_number("temperature", self.temperature, "> 0", lambda v: v > 0.0, "Give 2, as published.")
+        check_count("references", self.references, "Give the largest number of reference texts, such as 8192.")
 
 
 def check_one_of(what: str, value: Any, accepted: Iterable[str]) -> None:

@@ -25,7 +25,8 @@ class DataConfig:
         split: of folders, share of training images of a task without train and test directories, in (0, 1).
         templates: of folders, for every task that names none; each has one {}, and the first is for training.
         reference: directory of images of no task, for methods that distil on them.
-        captions: file of one sentence a line that goes with reference; the names of its folders without.
+        captions: file of one sentence a line, for methods that distil on texts of no task; without it, the names of the
+            folders of reference.
         workers: threads that decode images; one a core by default.
         cache_gb: memory for decoded test images, in 10^9 bytes; 0 decodes them at every evaluation.
         verify: before training, open every image (headers), read it whole (decode), or trust it (none).
@@ -49,8 +50,6 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise ValueError(f"data.{name} is {value!r}; it must be a path.")
-        if self.captions is not None and self.reference is None:
-            raise ValueError("data.captions was given without data.reference; give the images that they go with, too.")
         for name, accepted in (("order", ("I", "II")), ("prompts", PROMPTS), ("verify", VERIFY)):
             if getattr(self, name) is not None:
                 check_one_of(f"data.{name}", getattr(self, name), accepted)

@@ -138,3 +138,8 @@ class ExpertPoolConfig(AdapterConfig):
         check_one_of("per", self.per, ("sample", "token"))
         if self.merge_scale != 1.0:
             raise ValueError(f"merge_scale is {self.merge_scale}; a pool is never merged. Leave it at 1.")
+        if self.teacher != "previous":
+            raise ValueError(
+                f"teacher is {self.teacher!r}; a pool stays beside the weights, and the base model without it is not at hand. "
+                "Leave it at previous."
+            )

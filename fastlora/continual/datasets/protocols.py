@@ -68,10 +68,9 @@ class Found:
             DataError: the reference data are missing or damaged.
         """
         data, reference = self.config.data, None
-        if data.reference is not None:
-            captions = None if data.captions is None else Path(data.captions)
-            verify = data.verify or "headers"
-            reference = reference_data(Path(data.reference), captions, transforms, self.decoder, verify)
+        if data.reference is not None or data.captions is not None:
+            folder, captions = (path and Path(path) for path in (data.reference, data.captions))
+            reference = reference_data(folder, captions, transforms, self.decoder, data.verify or "headers")
         tasks = [_task(part, transforms, self.decoder) for part in self.parts]
         return TaskStream(self.config.benchmark, tasks, reference=reference)
 

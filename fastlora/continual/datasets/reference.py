@@ -15,25 +15,29 @@ from fastlora.continual.stream import Reference
 
 
 def reference_data(
-    folder: Path, captions: Path | None, transforms: Transforms, decoder: Decoder, verify: str
+    folder: Path | None, captions: Path | None, transforms: Transforms, decoder: Decoder, verify: str
 ) -> Reference:
-    """Every image below `folder`, prepared as for tests, and the lines of `captions`.
+    """Every image below `folder`, prepared as for tests, and the lines of `captions`; one of the two may be None.
 
     Without captions the texts are "a photo of a {}." of the names of its folders, such as ImageNet's classes.
 
     Raises:
         DataError: no directory, no images, an image that cannot be read, or no texts.
     """
-    if not folder.is_dir():
-        raise DataError(f"data.reference is {folder}, which is no directory. Give one with images.")
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not names:
-        raise DataError(f"data.reference is {folder}, which has no images ({', '.join(SUFFIXES)}).")
+    images = None if folder is None else _images(folder, transforms, decoder, verify)
     texts = read_lines(captions) if captions else [SINGLE[0].format(name) for name in readable(folder_names(folder))]
     if not texts:
         raise DataError(
             f"{captions or folder} gives no texts. Put one sentence a line into a file and pass --data.captions FILE."
         )
-    check_images((folder / name for name in names), decoder, verify)
-    images = LazyImages(folder, Images(tuple(names), (0,) * len(names)), transforms, decoder, training=False)
     return Reference(images, tuple(texts))
+
+
+def _images(folder: Path, transforms: Transforms, decoder: Decoder, verify: str) -> LazyImages:
+    if not folder.is_dir():
+        raise DataError(f"data.reference is {folder}, which is no directory. Give one with images.")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not names:
+        raise DataError(f"data.reference is {folder}, which has no images ({', '.join(SUFFIXES)}).")
+    check_images((folder / name for name in names), decoder, verify)
+    return LazyImages(folder, Images(tuple(names), (0,) * len(names)), transforms, decoder, training=False)

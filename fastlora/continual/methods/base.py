@@ -40,6 +40,7 @@ class TaskContext:
         tokenizer: list of texts -> [n, context] integers.
         device: of the model.
         base: parameters of the model before the first task by name, on the CPU; not to be written to.
+        distillation: the loss of config.distillation; None where that is 0.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class TaskContext:
     tokenizer: Any = None
     device: torch.device = torch.device("cpu")
     base: Mapping[str, Tensor] = field(default_factory=dict)
+    distillation: Any = None
 
 
 class Method:

@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.continual.batches import gather, generator_for
 from fastlora.continual.configs.full import ZSCLConfig
-from fastlora.continual.losses import distillation_loss
 from fastlora.continual.methods.base import TaskContext
+from fastlora.continual.methods.distillation import ReferenceData, both_ways, check_reference
 from fastlora.continual.methods.full import FullFineTuning
 from fastlora.continual.methods.weights import other_weights
 from fastlora.continual.stream import TaskStream
-from fastlora.continual.text import cut_context, encode_text
-
-_AT_ONCE = 256
+from fastlora.continual.text import encode_text
 
 
 class ZSCL(FullFineTuning):
@@ -42,34 +39,29 @@ class ZSCL(FullFineTuning):
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config, **options)
-        self.reference: _TeacherFeatures | None = None
+        self.reference: ReferenceData | None = None
+        self.features: dict[str, Tensor] = {}  # the base model's, of images and texts [n, D]
         self.mean: dict[str, Tensor] = {}
         self.averaged = 0
         self.draws: dict[str, Iterator[Tensor]] = {}
 
     def check(self, stream: TaskStream) -> None:
-        if stream.reference is None:
-            raise ValueError(
-                f"the stream {stream.name!r} has no reference data, which zscl distils on. Give --data.reference DIR where "
-                "the benchmark reads images from disk, or TaskStream(..., reference=Reference(images, texts)), or train "
-                "another method."
-            )
+        check_reference(self.config, stream, images=True)
 
     def begin_task(self, ctx: TaskContext) -> None:
         super().begin_task(ctx)
         if self.reference is None:
-            self.reference = _TeacherFeatures(ctx, self.config.references)
-        self.draws = {
-            kind: _draws(len(features), self.config.batch_size, ctx.seed, kind, ctx.number)
-            for kind, features in self.reference.features.items()
-        }
+            self.reference = ReferenceData(ctx, self.config.references)
+            with other_weights(ctx.model, ctx.base) as base:
+                self.features = self.reference.features(base)
+        self.draws = self.reference.draws(self.config.batch_size, ctx)
         self.mean, self.averaged = {name: p.detach().clone() for name, p in self.trained.items()}, 1
 
     def extra_loss(self, ctx: TaskContext) -> Tensor:
         config, reference = self.config, self.reference
         images, texts = next(self.draws["images"]), next(self.draws["texts"])
-        teacher_images = reference.features["images"][images.to(ctx.device)]
-        teacher_texts = reference.features["texts"][texts.to(ctx.device)]
+        teacher_images = self.features["images"][images.to(ctx.device)]
+        teacher_texts = self.features["texts"][texts.to(ctx.device)]
         student_images = ctx.model.encode_image(reference.images(images).to(ctx.device), normalize=True)
         student_texts = teacher_texts
         if config.text_features == "student":
@@ -77,8 +69,7 @@ class ZSCL(FullFineTuning):
         scale = ctx.model.logit_scale.detach().exp()
         teacher = scale * teacher_images @ teacher_texts.t()  # [images, texts]
         student = scale * student_images @ student_texts.t()
-        loss = distillation_loss(teacher, student, config.temperature)
-        loss = config.distillation * (loss + distillation_loss(teacher.t(), student.t(), config.temperature))
+        loss = config.distillation * both_ways(teacher, student, config.temperature)
         if config.consolidation:
             moved = [(p - self.before[name]).square().sum() for name, p in self.trained.items()]
             loss = loss + config.consolidation * torch.stack(moved).sum()
@@ -102,38 +93,3 @@ class ZSCL(FullFineTuning):
     def _forget_task(self, model: Any) -> None:
         super()._forget_task(model)
         self.mean, self.averaged, self.draws = {}, 0, {}
-
-
-class _TeacherFeatures:
-    """The reference data that is used, and the base model's unit features of it, [n, D] for images and texts."""
-
-    def __init__(self, ctx: TaskContext, largest: int) -> None:
-        self._data, model = ctx.reference, ctx.model
-        self._chosen = _chosen(len(self._data.images), largest, ctx.seed, "images")
-        texts = [self._data.texts[i] for i in _chosen(len(self._data.texts), largest, ctx.seed, "texts").tolist()]
-        self.tokens = cut_context(model, ctx.tokenizer(texts)).to(ctx.device)
-        training = model.training
-        model.eval()
-        with torch.no_grad(), other_weights(model, ctx.base):
-            of_images = [
-                model.encode_image(self.images(part).to(ctx.device), normalize=True)
-                for part in torch.arange(len(self._chosen)).split(_AT_ONCE)
-            ]
-            of_texts = [encode_text(model, part, normalize=True) for part in self.tokens.split(_AT_ONCE)]
-        model.train(training)
-        self.features = {"images": torch.cat(of_images), "texts": torch.cat(of_texts)}
-
-    def images(self, indices: Tensor) -> Tensor:
-        return gather(self._data.images, self._chosen[indices])[0]
-
-
-def _chosen(available: int, largest: int, seed: int, kind: str) -> Tensor:
-    return torch.randperm(available, generator=generator_for(seed, "reference", kind))[:largest]
-
-
-def _draws(available: int, size: int, seed: int, *purpose: str | int) -> Iterator[Tensor]:
-    """Indices [size] without end, every one once in each epoch."""
-    epoch = 0
-    while True:
-        yield from torch.randperm(available, generator=generator_for(seed, "reference", *purpose, epoch)).split(size)
-        epoch += 1

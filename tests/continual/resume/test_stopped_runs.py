@@ -17,10 +17,10 @@ from continual.resume.cases import (
     results,
     stop,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastlora
-from fastlora.continual import TaskStream, Trainer, read_run
+from fastlora.continual import TaskStream, Trainer, read_run, run_state
 from fastlora.continual import config as configs
 from fastlora.continual.evaluation import evaluate
 from fastlora.continual.restore import method_of, restore
@@ -379,3 +379,18 @@ def test_the_commit_point_holds_nothing_of_the_images(make_clip, tokenizer, make
                     rows = torch.nn.functional.normalize(tensor.float().reshape(-1, known.shape[1]), dim=-1)
                     assert (rows @ known.t()).max() < 0.999, name
     assert shapes[0] == shapes[1]
+
+
+# ---- what is read back
+
+
+@pytest.mark.parametrize("filler", range(0, 64, 8))
+def test_tensors_of_a_commit_point_are_aligned_whatever_stands_before_them(filler, tmp_path):
+    """Products of a library depend in the last bits on where in memory their operands begin."""
+    path = tmp_path / "state.safetensors"
+    tensors = {name: torch.randn(3, 5) for name in "abc"}
+    save_file(tensors, path, {"config": "x" * filler})
+    metadata, read = run_state._read(path)
+    assert metadata["config"] == "x" * filler
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor) and read[name].data_ptr() % 64 == 0
