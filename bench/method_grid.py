@@ -54,6 +54,15 @@ GRID = (
     Entry("SoRA", "sora"),
 )
 
+# the rows above that select components, for bench/selection.py; all at the benchmark's own learning rate
+SELECTING = tuple(
+    entry
+    for entry in GRID
+    if entry.method in ("codyra", "sora", "path_credit", "contribution_prox", "random_selection")
+    and entry.options.get("gates") not in ("preshrunk", "random")  # chosen before the first step, or never
+    and entry.options.get("gate_init") != "ones"  # of which none dies
+)
+
 _SCALES = (0.35, 0.5, 0.75, 1.0)
 _EIGHT = {"rank": 8}
 

@@ -8,11 +8,13 @@ import frontier
 import method_grid
 import methods
 import pytest
+import selection
 import yaml
-from method_grid import GRID, RULES, Entry
+from method_grid import GRID, RULES, SELECTING, Entry
 from method_runs import Job, run_all, train
 
 pytest.importorskip("open_clip")
+from fastlora.continual.methods import METHODS  # noqa: E402
 
 FIGURES = ("learning", "forgetting", "last", "average", "transfer", "held_out", "mean_rank")
 
@@ -110,6 +112,55 @@ def test_frontier(tmp_path, monkeypatch):
     assert "| LoRA x alpha | merge_scale | 40.5 | 48.0 | 55.5 | – | 48.0 | 46.5 | 45.0 | – |" in page.read_text()
     assert "| LoRA x alpha | 0.5 | 40.5 ± 0.7 | 2.0 ± 0.0 |" in page.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG") and len(json.loads(out.read_text())["rules"][0]["points"]) == 2
+
+
+def test_table_of_selections(tmp_path, monkeypatch):
+    """Two seeds of one method; another has one seed alone, and is left out."""
+    chosen = SELECTING[:2]
+    monkeypatch.setattr(selection, "SELECTING", chosen)
+    for entry, seed, overlap, correlation in (
+        (chosen[0], 0, 0.8, None),
+        (chosen[0], 1, 0.9, 0.5),
+        (chosen[1], 0, 0.1, 0.1),
+    ):
+        towers = {"vision": [overlap, 0.3], "text": [overlap, 0.5]}
+        compared = {
+            "name": "same gates, other data",
+            "jaccard": overlap,
+            "chance": 0.4,
+            "rank_correlation": correlation,
+        }
+        found = {
+            "config": {"method": {"name": "codyra"}},
+            "tasks": ["a", "b"],
+            "comparisons": [compared | {"towers": towers}],
+        }
+        selection.path_of(entry, seed, tmp_path).write_text(json.dumps(found))
+    page, out = tmp_path / "page.md", tmp_path / "selection.json"
+    page.write_text("text\n")
+    command = [
+        "selection.py",
+        "show",
+        "--runs",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        str(out),
+        "--docs",
+        str(page),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    selection.main()
+    row = "| CoDyRA | same gates, other data | 0.850 ± 0.071 | 0.400 | 0.850 (0.300) | 0.850 (0.500) | 0.50 |"
+    assert row in page.read_text() and page.read_text().count("same gates") == 1
+    assert json.loads(out.read_text())["methods"][0]["comparisons"][0]["jaccard"] == [0.8, 0.9]
+
+
+@pytest.mark.parametrize("entry", SELECTING, ids=lambda entry: entry.label)
+def test_the_selecting_rows_select(entry):
+    assert METHODS[entry.method].selects
 
 
 def test_the_committed_table_is_that_of_the_grid():
