@@ -46,7 +46,8 @@ bench-gpu: install
 	$(BIN)/python bench/gpu_suite.py --out runs/gpu
 
 results: install
-	$(BIN)/python bench/demo_table.py --out bench/results/demo.json
+	$(BIN)/python bench/methods.py run --runs runs/methods
+	$(BIN)/python bench/methods.py show --runs runs/methods --out bench/results/methods.json --docs docs/methods.md --readme README.md
 
 AOT := -m fastlora.triton_kernels.aot
 

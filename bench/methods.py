@@ -3,7 +3,7 @@
 python bench/methods.py run --runs DIR              all of the following, a few methods at a time
 python bench/methods.py sweep --runs DIR            one seed of each method and learning rate, on the validation sets
 python bench/methods.py test --runs DIR             three seeds of each method at its best rate, on the test sets
-python bench/methods.py show --runs DIR --out bench/results/methods.json --docs docs/methods.md
+python bench/methods.py show --runs DIR --out bench/results/methods.json --docs docs/methods.md --readme README.md
 
 The best rate is that of the highest Average in the own label space: the mean over all data sets and all tasks, which
 counts what is learned, what is kept, and what is still to come. The sweep starts with the rates between the first and
@@ -24,6 +24,10 @@ from method_grid import GRID, Entry
 from method_runs import COLUMNS, Job, cell, markdown, number, replace_between, run_all, spread
 
 SWEEP_SEED = 100  # no seed of the table
+README_ROWS = (
+    *("zero-shot", "LoRA r=16", "LoRA r=4", "LoRA r=16, merged x 0.5", "CoDyRA", "CoDyRA, gates without gradient"),
+    *("uniform shrink, merged x 0.75", "InfLoRA", "full fine-tuning", "ZSCL", "per task, task known"),
+)
 AT_ONCE = 8  # methods whose sweeps go together: enough that no process waits long, few enough that rows come early
 
 
@@ -113,6 +117,11 @@ def sweep_table(result: dict[str, Any]) -> str:
     return markdown(lines)
 
 
+def readme_table(result: dict[str, Any]) -> str:
+    """The rows that the README shows."""
+    return table({"rows": [row for row in result["rows"] if row["label"] in README_ROWS]}, "own")
+
+
 def write_docs(result: dict[str, Any], page: Path) -> None:
     parts = [
         "Own label space:\n\n" + table(result, "own"),
@@ -131,6 +140,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="JSON to write (show)")
     parser.add_argument("--docs", type=Path, help="page whose tables are replaced (show)")
+    parser.add_argument("--readme", type=Path, help="page whose table of some methods is replaced (show)")
     options = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # before the workers import torch
@@ -141,6 +151,8 @@ def main() -> None:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
         if options.docs:
             write_docs(result, options.docs)
+        if options.readme:
+            replace_between(options.readme, "<!-- figures -->", "<!-- end of figures -->", readme_table(result))
         print(table(result, "own"))
         return
     at_once = AT_ONCE if options.what == "run" else len(entries)

@@ -2,10 +2,8 @@
 
 import json
 import sys
-from pathlib import Path
 
 import frontier
-import method_grid
 import methods
 import pytest
 import selection
@@ -161,13 +159,3 @@ def test_table_of_selections(tmp_path, monkeypatch):
 @pytest.mark.parametrize("entry", SELECTING, ids=lambda entry: entry.label)
 def test_the_selecting_rows_select(entry):
     assert METHODS[entry.method].selects
-
-
-def test_the_committed_table_is_that_of_the_grid():
-    result = json.loads((Path(method_grid.__file__).parent / "results" / "methods.json").read_text())
-    page = (Path(method_grid.__file__).parent.parent / "docs" / "methods.md").read_text()
-    assert methods.table(result, "own") in page and methods.sweep_table(result) in page
-    labels = {entry.label: entry for entry in GRID}
-    for row in result["rows"]:
-        entry = labels[row["label"]]
-        assert (row["method"], row["options"], row["vary"]) == (entry.method, entry.options, entry.vary)

@@ -1,20 +1,18 @@
-"""The model of a saved run after any of its tasks, and a run that was cut short where it can go on."""
+"""The model of a saved run after any of its tasks."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastlora.continual.config import RunConfig, method_config
+from fastlora.continual.config import method_config
 from fastlora.continual.manifest import differences
 from fastlora.continual.methods import Method, build_method
-from fastlora.continual.resume import changed_versions, check_same_config, check_same_model, what_stopped
-from fastlora.continual.run_dir import STATE, RunDir
-from fastlora.continual.run_state import RunState, read_state, weights_sha256
+from fastlora.continual.run_dir import STATE
+from fastlora.continual.run_state import read_state
 from fastlora.continual.saved_run import SavedRun
 from fastlora.continual.stream import TaskStream
 from fastlora.journal import Journal
@@ -92,91 +90,6 @@ def _attach(model: nn.Module, run: SavedRun, task: int, method: Method) -> str:
     method.load_state_dict(state.method)
     method.attach(model)
     return str(STATE)
-
-
-def open_run(
-    out: Path,
-    resume: bool,
-    config: RunConfig,
-    manifest: Mapping[str, Any],
-    base: Mapping[str, str],
-    model: nn.Module,
-    method: Method,
-    stream: TaskStream,
-) -> tuple[RunDir, RunState | None]:
-    """Make a run directory; or, where one is to be resumed, bring it, model and method to its last commit point.
-
-    Args:
-        manifest: what a run that starts now has in its own.
-        base: fingerprint of `model`, which is the one from before training.
-    Returns:
-        The directory, and the state there; None where the run starts from the beginning.
-    Raises:
-        ValueError: the run was started with another configuration, benchmark or model; the commit point or an adapter
-            file is damaged or of another version. RuntimeError: another process has the directory. OSError: a file is
-            missing, or cannot be written. What was in the directory has not changed.
-    """
-    if not (resume and out.exists()):
-        return RunDir.create(out, config.as_dict(), manifest), None
-    run = RunDir(out)
-    try:
-        return run, _take_up(run, config, manifest, base, model, method, stream)
-    except BaseException:
-        run.close()
-        raise
-
-
-def _take_up(
-    run: RunDir,
-    config: RunConfig,
-    manifest: Mapping[str, Any],
-    base: Mapping[str, str],
-    model: nn.Module,
-    method: Method,
-    stream: TaskStream,
-) -> RunState | None:
-    before = run.manifest
-    if not run.state_path.exists():
-        if before.get("finished_tasks", 0):
-            raise FileNotFoundError(
-                f"{run.state_path} is missing, so the {before['finished_tasks']} finished tasks of {run.path} cannot "
-                "be taken up. Restore it from a copy, or train again with another --out."
-            )
-        run.begin(config.as_dict(), manifest)
-        return None
-    state = read_state(run.state_path)
-    check_same_config(run.path, state.config, config)
-    check_same_data(run.path, state.data, stream)
-    check_same_model(run.path, state.base, base)
-    _load_state(model, method, run, state)
-    resumed = {"after_tasks": state.record.finished_tasks, "stopped": what_stopped(before)}
-    kept = {key: value for key, value in before.items() if key not in ("status", "error")}
-    kept["resumes"] = [*before.get("resumes", []), resumed | changed_versions(before, manifest)]
-    run.begin(config.as_dict(), {**manifest, **kept}, log=state.log, journal=state.journal)
-    # the tables of a task come with its row
-    done = [entry for entry in state.record.ranks if entry.task <= state.record.finished_tasks]
-    run.write_record(dataclasses.replace(state.record, ranks=done), seconds=state.seconds)
-    return state
-
-
-def _load_state(model: nn.Module, method: Method, run: RunDir, state: RunState) -> None:
-    if len(run.journal) < state.journal:
-        raise FileNotFoundError(
-            f"{run.journal.directory} holds {len(run.journal)} of the {state.journal} adapter files that "
-            f"{run.state_path} follows on. Put them back, or train again with another --out."
-        )
-    if method.journaled:
-        run.journal.rebuild(model, after=state.journal)
-    unknown = model.load_state_dict(state.model, strict=False).unexpected_keys
-    same_device = next(model.parameters()).device.type == state.device  # elsewhere a merge may round in another way
-    if unknown or (same_device and weights_sha256(model) != state.weights):
-        raise ValueError(
-            f"the weights that {run.path} gives are not those that {run.state_path} was written with, so a file in it "
-            "is of another run. Restore the directory from a copy, or train again with another --out."
-        )
-    method.load_state_dict(state.method)
-    if state.trained:
-        method.attach(model)
 
 
 def _load_checkpoint(model: nn.Module, path: Path) -> None:

@@ -22,18 +22,14 @@ from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
 from fastlora.continual.loggers import Loggers
 from fastlora.continual.losses import contrastive_loss
-from fastlora.continual.manifest import TOLD_APART, describe
 from fastlora.continual.methods import TaskContext, build_method
 from fastlora.continual.methods.distillation import Distillation, check_reference, distils
 from fastlora.continual.progress import Progress
 from fastlora.continual.record import RankEntry, Record
-from fastlora.continual.restore import open_run
-from fastlora.continual.run_dir import RunDir, check_new_directory, check_run_directory
-from fastlora.continual.run_state import capture, write_state
+from fastlora.continual.run_keeper import RunKeeper
 from fastlora.continual.stream import Task, TaskStream
 from fastlora.continual.text import encode_text
 from fastlora.continual.training_data import TrainingData, open_data
-from fastlora.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from fastlora.continual.dry_run import Plan
@@ -86,10 +82,8 @@ class Trainer:
         self.tokenizer, self.stream = tokenizer, stream
         self.record = Record([task.name for task in stream.tasks])
         self.out = None if out is None else Path(out)
-        if self.out is not None:
-            (check_run_directory if resume and self.out.exists() else check_new_directory)(self.out)
-        self._resume, self._trained = resume, 0
-        self._run: RunDir | None = None
+        self._keeper = RunKeeper(self.out, self.config, resume)
+        self._trained = 0
         self._drift = Drift(self.model)
         self._spent = {"train": 0.0, "evaluate": 0.0}
         self._progress = Progress(self.config.method.name, progress)
@@ -125,52 +119,34 @@ class Trainer:
                     if trained:
                         self._keep_checkpoint(number)
                     evaluation = self._evaluate(f"task {number}/{len(self.stream)} {task.name}", known)
-                self._finish("finished")
+                self._keeper.finish("finished")
         except BaseException as error:
             self.method.abandon(self.model)
             with contextlib.suppress(OSError):  # a full disk: the error that led here is the one to tell
-                self._finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error)
+                self._keeper.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error)
             raise
         finally:
             self._loggers.close()
-            if self._run:
-                self._run.close()
+            self._keeper.close()
         return self.record
 
     def _open(self) -> None:
         """Make the run directory, or take up the run that is in it."""
-        if self.out is None:
-            return
-        manifest = describe(self.model, self.stream, self.device)
-        manifest |= {
-            "method": self.config.method.name,
-            "seed": self.config.seed,
-            "null_model": self.method.null_model(),
-        }
-        self._base = fingerprint(self.model.state_dict())
-        self._data = {key: manifest[key] for key in TOLD_APART}
-        self._run, state = open_run(
-            self.out, self._resume, self.config, manifest, self._base, self.model, self.method, self.stream
-        )
+        state = self._keeper.open(self.model, self.method, self.stream, self.device)
         if state is not None:
             self.record, self._trained = state.record, state.trained
             self._spent, self._steps = dict(state.seconds), state.steps
-            resumed = self._run.manifest["resumes"][-1]
-            done, tasks = resumed["after_tasks"], len(self.stream)
+            done, tasks, resumed = state.record.finished_tasks, len(self.stream), self._keeper.resumed()
             self._progress.line(f"resumed after task {done}/{tasks}; before, the run was {resumed['stopped']}")
 
     def _commit(self) -> None:
-        """From here on what is done stays done, whatever becomes of this process."""
-        if self._run is None:
-            return
-        place = {"trained": self._trained, "device": self.device.type, "record": self.record, "seconds": self._spent}
-        place |= {"config": self.config.as_dict(), "data": self._data, "base": self._base, "steps": self._steps}
-        write_state(self._run.state_path, capture(self._run, self.model, self.method, **place))
+        place = {"record": self.record, "trained": self._trained, "seconds": self._spent, "steps": self._steps}
+        self._keeper.commit(self.model, self.method, **place)
 
     def _keep_checkpoint(self, number: int) -> None:
         last = len(self.stream) if self.method.joint else number  # the weights stay as they are until after this task
-        if self._run and self.config.keeps_checkpoint(last, len(self.stream)):
-            self._run.save_checkpoint(number, self.model)
+        if self.config.keeps_checkpoint(last, len(self.stream)):
+            self._keeper.keep_checkpoint(number, self.model)
 
     def _last_evaluation(self) -> Evaluation | None:
         """The newest row of a run that was taken up."""
@@ -257,7 +233,7 @@ class Trainer:
             number,
             self.config.seed,
             seen_classes=sum(len(task.classes) for task in earlier),
-            journal=self._run.journal if self._run else None,
+            journal=self._keeper.journal,
             earlier=earlier,
             train=data,
             reference=self.stream.reference,
@@ -278,8 +254,7 @@ class Trainer:
             drift = self._drift.norm(self.model)
         self.record.add(result.own, result.union, result.held_out, drift)
         self._commit()
-        if self._run:
-            self._run.write_record(self.record, seconds=self._spent)
+        self._keeper.write_record(self.record, self._spent)
         self._loggers.scalars(self._steps, self.record.newest())
         self._progress.line(f"{what}: {self.record.summary()}")
         return result
@@ -304,13 +279,8 @@ class Trainer:
         loss = sum(values) / len(values)
         lr, active_rank = optimizer.param_groups[0]["lr"], self.method.active_rank(ctx.model)
         kappa = self.method.kappa(iteration)
-        if self._run:
-            self._run.append_log([(ctx.number, iteration, loss, lr, kappa, active_rank)])
+        self._keeper.append_log((ctx.number, iteration, loss, lr, kappa, active_rank))
         figures = {"loss": loss, "lr": lr, "kappa": kappa, "active_rank": active_rank}
         self._loggers.scalars(self._steps, {f"train/{name}": value for name, value in figures.items()})
         images = len(ctx.step["images"])
         self._progress.step(iteration + 1, images=images, loss=loss, kappa=kappa, rank=active_rank)
-
-    def _finish(self, status: str, error: BaseException | None = None) -> None:
-        if self._run:
-            self._run.update(status=status, **({"error": f"{type(error).__name__}: {error}"} if error else {}))

@@ -109,7 +109,7 @@ def test_a_trained_task_is_not_trained_again(train, whole, tmp_path, monkeypatch
 @pytest.mark.parametrize("kind", ["codyra", "lora", "stateful", "plain", "zero_shot"])
 def test_stopped_at_every_commit(train, whole, tmp_path, kind, after, monkeypatch):
     """Each process commits once more than the one before, and stops: just before a commit, or just after it."""
-    from fastlora.continual import trainer as module
+    from fastlora.continual import run_keeper as module
 
     expected, out, stops, commits = whole(kind), tmp_path / "run", 0, []
 
