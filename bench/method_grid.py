@@ -38,8 +38,11 @@ GRID = (
     Entry("WiSE-FT", "wise_ft", values=FULL_LRS),
     Entry("LwF", "lwf", values=FULL_LRS),
     Entry("InfLoRA", "inflora"),
+    Entry("InfLoRA r=8", "inflora", {"rank": 8}),
+    Entry("InfLoRA r=8, held by captions", "inflora", {"rank": 8, "distillation": 1.0}),
     Entry("O-LoRA", "o_lora"),
     Entry("SD-LoRA", "sd_lora"),
+    Entry("SD-LoRA, magnitudes at lr 0.02", "sd_lora", {"magnitude_lr": 0.02}),
     Entry("LoRA-Squeeze 16 to 4", "lora_squeeze"),
     Entry("PEARL", "pearl"),
     Entry("rank-1 expert pool", "expert_pool"),
@@ -65,15 +68,25 @@ SELECTING = tuple(
 
 _SCALES = (0.35, 0.5, 0.75, 1.0)
 _EIGHT = {"rank": 8}
+_HELD = {"distillation": 1.0}  # by the model before the task, on the task's own images and captions
+_REFERENCE = _HELD | {"distil_on": "reference", "teacher": "base"}  # by the base model, on images of no task: as ZSCL
 
-# curves of learning against forgetting
+
+def _scaled(label: str, method: str, lr: float, **options: Any) -> Entry:
+    """A rule over merge_scale, at a learning rate chosen on the validation sets."""
+    return Entry(f"{label} x alpha", method, {"lr": lr} | options, "merge_scale", _SCALES)
+
+
+# curves of learning against forgetting and against held-out accuracy; all of them keep a rank of about 8
 RULES = (
-    Entry("LoRA r=16 x alpha", "lora", {"rank": 16}, "merge_scale", _SCALES),
-    Entry("LoRA r=8 x alpha", "lora", _EIGHT, "merge_scale", _SCALES),
-    Entry("LoRA r=4 x alpha", "lora", {"rank": 4}, "merge_scale", _SCALES),
-    Entry("LoRA r=8 vision x alpha", "lora", _EIGHT | {"where": "vision"}, "merge_scale", _SCALES),
-    Entry("LoRA r=8 text x alpha", "lora", _EIGHT | {"where": "text"}, "merge_scale", _SCALES),
-    Entry("LoRA r=8 attention x alpha", "lora", _EIGHT | {"targets": ("q", "k", "v", "out")}, "merge_scale", _SCALES),
-    Entry("LoRA r=8 feed-forward x alpha", "lora", _EIGHT | {"targets": ("fc1", "fc2")}, "merge_scale", _SCALES),
-    Entry("CoDyRA x alpha", "codyra", {}, "merge_scale", _SCALES),
+    _scaled("CoDyRA", "codyra", 2e-3),
+    _scaled("CoDyRA, gates without gradient", "codyra", 2e-3, gates="null_control"),
+    _scaled("LoRA r=8", "lora", 1e-3, **_EIGHT),
+    _scaled("decay of B", "decay_b", 2e-3),
+    _scaled("uniform shrink", "uniform_shrink", 2e-3),
+    _scaled("InfLoRA r=8", "inflora", 4e-3, **_EIGHT),
+    _scaled("LoRA r=8, held by captions", "lora", 1e-3, **_EIGHT, **_HELD),
+    _scaled("CoDyRA, held by captions", "codyra", 2e-3, **_HELD),
+    _scaled("InfLoRA r=8, held by captions", "inflora", 4e-3, **_EIGHT, **_HELD),
+    _scaled("InfLoRA r=8, held by reference images", "inflora", 4e-3, **_EIGHT, **_REFERENCE),
 )

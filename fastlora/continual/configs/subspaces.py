@@ -44,9 +44,18 @@ class SDLoRAConfig(AdapterConfig):
 
     Args:
         rank: rank-1 components that each task adds to a layer; those of all tasks together are at most 256.
+        magnitude_lr: learning rate of the magnitudes at the first step of a task; None for lr.
+            A magnitude is about as large as the update of its task; with lr it moves by a few percent of that.
     """
 
     name: ClassVar[str] = "sd_lora"
+    magnitude_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.magnitude_lr is not None:
+            advice = "Leave it out to train magnitudes with lr."
+            check_number("magnitude_lr", self.magnitude_lr, "> 0", lambda v: v > 0.0, advice)
 
 
 @dataclass(frozen=True)

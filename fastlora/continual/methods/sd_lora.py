@@ -13,6 +13,7 @@ from fastlora.continual.configs.subspaces import SDLoRAConfig
 from fastlora.continual.methods.base import AdapterMethod, TaskContext
 from fastlora.modules.adapter import RankAdapter
 from fastlora.ops.backend import TRITON_MAX_RANK
+from fastlora.optim import ProxAdamW
 
 
 @dataclass
@@ -68,6 +69,13 @@ class SDLoRA(AdapterMethod):
             if self.layers:
                 self._go_back(adapter, name)
             tie_gates(adapter, self.config.rank)
+
+    def optimizer(self, model: nn.Module) -> ProxAdamW:
+        adapters = [adapter for _, adapter in fastlora.adapters(model)]
+        directions = [parameter for adapter in adapters for parameter in (adapter.lora_a, adapter.lora_b)]
+        rate = self.config.magnitude_lr or self.config.lr
+        magnitudes = {"params": [adapter.gate for adapter in adapters], "prox": True, "lr": rate}  # kappa stays 0
+        return ProxAdamW([{"params": directions}, magnitudes], lr=self.config.lr)
 
     @torch.no_grad()
     def _go_back(self, adapter: RankAdapter, name: str) -> None:

@@ -53,6 +53,17 @@ def test_tied_magnitudes_stay_tied_and_old_directions_stay_frozen(make_clip, tok
             assert float(norm) == pytest.approx(1.0, abs=1e-4)
 
 
+def test_magnitudes_take_a_learning_rate_of_their_own(make_clip, tokenizer, make_stream):
+    """Adam's first step moves a magnitude by its rate, a direction by lr."""
+    moved = []
+    for rate in (None, 0.2):
+        model, stream, options = make_clip(), make_stream(), config(iterations=1, magnitude_lr=rate)
+        before = train_tasks(model, tokenizer, stream, options, (1, 2))
+        after = train_tasks(model, tokenizer, stream, options, (3,), before.state_dict())
+        moved.append([(after.layers[name].gate[:6] - layer.gate).abs().max() for name, layer in before.layers.items()])
+    assert max(moved[0]) == pytest.approx(0.01, rel=0.05) and max(moved[1]) == pytest.approx(0.2, rel=0.05)
+
+
 def test_the_model_is_the_base_plus_every_direction_times_its_magnitude(make_clip, tokenizer, make_stream):
     model, stream = make_clip(), make_stream()
     start = model.get_submodule(BASE).weight.detach().clone()
