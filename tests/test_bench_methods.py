@@ -159,3 +159,19 @@ def test_table_of_selections(tmp_path, monkeypatch):
 @pytest.mark.parametrize("entry", SELECTING, ids=lambda entry: entry.label)
 def test_the_selecting_rows_select(entry):
     assert METHODS[entry.method].selects
+
+
+def test_table_of_times(tmp_path, monkeypatch):
+    seconds = {"LoRA r=16": {"train": 10.0, "evaluate": 2.5}, "full": {"train": 15.0, "evaluate": 2.5}}
+    path, page = tmp_path / "times.json", tmp_path / "page.md"
+    path.write_text(json.dumps({"seconds": seconds}))
+    page.write_text("text\n")
+    monkeypatch.setattr(sys, "argv", ["method_times.py", "--show", str(path), "--docs", str(page)])
+    method_times.main()
+    assert "| LoRA r=16 | 1.00 | 10.0 | 20% |\n| full | 1.50 | 15.0 | 14% |" in page.read_text()
+
+
+def test_every_method_that_trains_a_second_task_is_timed():
+    trained = {entry.method for entry in GRID if METHODS[entry.method].trains and not METHODS[entry.method].joint}
+    assert {entry.method for entry in method_times.timed()} == trained and trained >= {"lora", "codyra"}
+    assert method_times.BASE in [entry.label for entry in method_times.timed()]
