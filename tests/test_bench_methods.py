@@ -4,6 +4,7 @@ import json
 import sys
 
 import frontier
+import method_times
 import methods
 import pytest
 import selection
