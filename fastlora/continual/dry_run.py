@@ -42,6 +42,7 @@ class Needs:
         trained: their size; their gradients take as much.
         optimizer: its state; None where it is no Adam.
         activations: what one step on the largest batch keeps for backward, without a method's extra loss.
+        teacher: the copy of the model that distillation compares with; 0 without it.
         adapter_file: a task's adapters at full rank.
     """
 
@@ -50,6 +51,7 @@ class Needs:
     trained: int
     optimizer: int | None
     activations: int
+    teacher: int
     adapter_file: int
 
 
@@ -113,6 +115,7 @@ def _needs(trainer: Trainer, ctx: Any, images: Tensor) -> Needs:
         trained=trained,
         optimizer=2 * trained if isinstance(optimizer, torch.optim.Adam) else None,  # AdamW is one
         activations=saved_bytes(model, images, tokens.to(images.device)),
+        teacher=_bytes(ctx.distillation.teacher.state_dict().values()) if ctx.distillation else 0,
         adapter_file=_bytes(fastlora.adapter_parameters(model)),
     )
 
@@ -195,6 +198,8 @@ def _memory(plan: Plan) -> str:
     rows += [["trained parameters", _mib(needs.trained)], ["their gradients", _mib(needs.trained)]]
     rows.append(["optimizer", "not known" if needs.optimizer is None else _mib(needs.optimizer)])
     rows.append(["kept for backward, largest step", _mib(needs.activations)])
+    if needs.teacher:
+        rows.append(["teacher of distillation", _mib(needs.teacher)])
     return f"Trainable parameters: {needs.parameters:,}. Adapters: {modules}.\n\nMemory, MiB:\n" + text_table(
         ["", ""], rows
     )

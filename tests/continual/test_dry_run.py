@@ -7,6 +7,7 @@ import fastlora
 from fastlora.continual import CoDyRAConfig, LoRAConfig, Task, TaskStream, Trainer, ZeroShotConfig, methods
 from fastlora.continual.dry_run import make_plan, plan_text, saved_bytes
 from fastlora.continual.losses import contrastive_loss
+from fastlora.continual.stream import Reference
 from fastlora.continual.text import encode_text
 
 KEPT = ("checkpoints", "adapters")
@@ -90,6 +91,14 @@ def test_what_backward_needs_is_counted_without_computing(make_clip, adapted):
         contrastive_loss(*features, torch.zeros(8, dtype=torch.long), model.logit_scale.detach().exp())
     expected = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
     assert saved_bytes(model, images, tokens) == expected > 100_000
+
+
+def test_the_teacher_of_distillation_is_a_model_more(make_clip, tokenizer, make_stream, make_task):
+    stream = TaskStream("held", [make_task("red", 3)], reference=Reference(None, ("a dog", "two birds")))
+    plan = make_plan(Trainer(make_clip(), tokenizer, stream, LoRAConfig(rank=2, distillation=1.0), progress=False))
+    assert plan.needs.teacher == plan.weights > 0 and "teacher of distillation" in plan_text(plan)
+    plan = make_plan(Trainer(make_clip(), tokenizer, make_stream(), LoRAConfig(rank=2), progress=False))
+    assert plan.needs.teacher == 0 and "teacher" not in plan_text(plan)
 
 
 def test_without_training(make_clip, tokenizer, make_stream):
