@@ -26,7 +26,7 @@ class DataConfig:
         templates: of folders, for every task that names none; each has one {}, and the first is for training.
         reference: directory of images of no task, for methods that distil on them.
         captions: file of one sentence a line, for methods that distil on texts of no task; without it, the names of the
-            folders of reference.
+            folders of reference, or of ImageNet's classes.
         workers: threads that decode images; one a core by default.
         cache_gb: memory for decoded test images, in 10^9 bytes; 0 decodes them at every evaluation.
         verify: before training, open every image (headers), read it whole (decode), or trust it (none).

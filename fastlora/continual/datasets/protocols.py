@@ -67,10 +67,9 @@ class Found:
         Raises:
             DataError: the reference data are missing or damaged.
         """
-        data, reference = self.config.data, None
-        if data.reference is not None or data.captions is not None:
-            folder, captions = (path and Path(path) for path in (data.reference, data.captions))
-            reference = reference_data(folder, captions, transforms, self.decoder, data.verify or "headers")
+        data = self.config.data
+        folder, captions = (path and Path(path) for path in (data.reference, data.captions))
+        reference = reference_data(folder, captions, transforms, self.decoder, data.verify or "headers")
         tasks = [_task(part, transforms, self.decoder) for part in self.parts]
         return TaskStream(self.config.benchmark, tasks, reference=reference)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from open_clip import IMAGENET_CLASSNAMES
+
 from fastlora.continual.datasets.formats import read_lines
 from fastlora.continual.datasets.images import Decoder, LazyImages
 from fastlora.continual.datasets.names import readable
@@ -17,15 +19,19 @@ from fastlora.continual.stream import Reference
 def reference_data(
     folder: Path | None, captions: Path | None, transforms: Transforms, decoder: Decoder, verify: str
 ) -> Reference:
-    """Every image below `folder`, prepared as for tests, and the lines of `captions`; one of the two may be None.
+    """Every image below `folder`, prepared as for tests, and the lines of `captions`; both may be None.
 
-    Without captions the texts are "a photo of a {}." of the names of its folders, such as ImageNet's classes.
+    Without captions the texts are "a photo of a {}." of the names of its folders; without these, of ImageNet's classes.
 
     Raises:
         DataError: no directory, no images, an image that cannot be read, or no texts.
     """
     images = None if folder is None else _images(folder, transforms, decoder, verify)
-    texts = read_lines(captions) if captions else [SINGLE[0].format(name) for name in readable(folder_names(folder))]
+    if captions is not None:
+        texts = read_lines(captions)
+    else:
+        names = IMAGENET_CLASSNAMES if folder is None else readable(folder_names(folder))
+        texts = [SINGLE[0].format(name) for name in names]
     if not texts:
         raise DataError(
             f"{captions or folder} gives no texts. Put one sentence a line into a file and pass --data.captions FILE."

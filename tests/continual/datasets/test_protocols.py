@@ -112,8 +112,12 @@ def test_reference_images_and_captions(roots, tmp_path, config, transforms):
     stream = stream_of(config, transforms, "mtil", roots["coop"], reference=str(tmp_path / "reference"))
     assert len(stream.reference.images) == 2 and not stream.reference.images.training
     assert stream.reference.texts == ("a photo of a great white shark.", "a photo of a tench.")
+    texts_alone = stream_of(config, transforms, "mtil", roots["coop"]).reference
+    assert texts_alone.images is None and len(texts_alone.texts) == 1000 and "a photo of a tench." in texts_alone.texts
     (tmp_path / "captions.txt").write_text("a dog runs\n\ntwo birds on a wire\n")
     options = {"reference": str(tmp_path / "reference"), "captions": str(tmp_path / "captions.txt")}
+    texts_alone = stream_of(config, transforms, "mtil", roots["coop"], captions=options["captions"]).reference
+    assert texts_alone.images is None and texts_alone.texts == ("a dog runs", "two birds on a wire")
     stream = stream_of(config, transforms, "mtil", roots["coop"], **options)
     assert stream.reference.texts == ("a dog runs", "two birds on a wire")
     (tmp_path / "captions.txt").write_text("\n")
