@@ -7,15 +7,23 @@ python bench/frontier.py show --runs DIR --out bench/results/frontier.json --plo
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from method_grid import RULES, Entry
-from method_runs import Job, cell, markdown, number, replace_between, run_all, spread
+from method_runs import (
+    Job,
+    arguments,
+    cell,
+    chosen,
+    markdown,
+    number,
+    replace_between,
+    run_all,
+    spread,
+    write_json,
+)
 
 EXPLORE_SEED = 100
 FORGETTING = (2.0, 3.5, 5.0, 8.0)  # points at which the curves are read
@@ -99,28 +107,18 @@ def write_docs(result: dict[str, Any], page: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("explore", "test", "show"))
-    parser.add_argument("--runs", type=Path, required=True, help="where the runs are")
-    parser.add_argument("--only", nargs="+", help="labels of the rules; default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser = arguments(__doc__, ("explore", "test", "show"), seeds=[0, 1, 2, 3, 4])
     parser.add_argument("--explored", action="store_true", help="show the validation runs of explore")
-    parser.add_argument("--out", type=Path, help="JSON to write (show)")
     parser.add_argument("--plot", type=Path, help="PNG to draw (show)")
-    parser.add_argument("--docs", type=Path, help="page whose tables are replaced (show)")
     options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"  # before the workers import torch
     exploring = options.what == "explore" or options.explored
     benchmark, seeds = ("demo_validation", [EXPLORE_SEED]) if exploring else ("demo", options.seeds)
-    rules = [rule for rule in RULES if not options.only or rule.label in options.only]
+    rules = chosen(RULES, options.only)
     if options.what != "show":
         run_all(jobs_of(rules, benchmark, seeds), options.runs, options.processes)
         return
     result = gather(rules, benchmark, options.runs, seeds)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, options.out)
     if options.plot:
         draw(result, options.plot)
     if options.docs:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -95,6 +98,35 @@ def finished(path: Path, config: Any) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return manifest["status"] == "finished" and trained == config
+
+
+def arguments(doc: str | None, what: tuple[str, ...], seeds: list[int]) -> argparse.ArgumentParser:
+    """What the scripts of these runs have in common. From here on processes that start are single-threaded."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"  # before the workers import torch
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=what)
+    parser.add_argument("--runs", type=Path, required=True, help="where the runs are")
+    parser.add_argument("--only", nargs="+", help="labels of the rows; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="JSON to write (show)")
+    parser.add_argument("--docs", type=Path, help="page whose tables are replaced (show)")
+    return parser
+
+
+def chosen(entries: Iterable[Entry], only: list[str] | None) -> list[Entry]:
+    """The entries of --only; all of them without it."""
+    entries = list(entries)
+    unknown = sorted(set(only or ()) - {entry.label for entry in entries})
+    if unknown:
+        sys.exit(f"--only names {', '.join(unknown)}; accepted: {', '.join(entry.label for entry in entries)}")
+    return [entry for entry in entries if not only or entry.label in only]
+
+
+def write_json(result: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def run_all(jobs: list[Job], runs: Path, processes: int) -> None:

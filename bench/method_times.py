@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from method_grid import GRID, Entry
-from method_runs import Job, markdown, replace_between
+from method_runs import Job, markdown, replace_between, write_json
 
 BASE = "LoRA r=16"
 
@@ -81,8 +81,7 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="print the table of this JSON and measure nothing")
     options = parser.parse_args()
     result = json.loads(options.show.read_text()) if options.show else measure_all(options.rounds)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, options.out)
     if options.docs:
         replace_between(options.docs, "<!-- times -->", "<!-- end of times -->", table(result))
     print(table(result))

@@ -13,15 +13,24 @@ again.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 from method_grid import GRID, Entry
-from method_runs import COLUMNS, Job, cell, markdown, number, replace_between, run_all, spread
+from method_runs import (
+    COLUMNS,
+    Job,
+    arguments,
+    cell,
+    chosen,
+    markdown,
+    number,
+    replace_between,
+    run_all,
+    spread,
+    write_json,
+)
 
 SWEEP_SEED = 100  # no seed of the table
 README_ROWS = (
@@ -132,23 +141,13 @@ def write_docs(result: dict[str, Any], page: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "sweep", "test", "show"))
-    parser.add_argument("--runs", type=Path, required=True, help="where the runs are")
-    parser.add_argument("--only", nargs="+", help="labels of the grid; default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="JSON to write (show)")
-    parser.add_argument("--docs", type=Path, help="page whose tables are replaced (show)")
+    parser = arguments(__doc__, ("run", "sweep", "test", "show"), seeds=[0, 1, 2])
     parser.add_argument("--readme", type=Path, help="page whose table of some methods is replaced (show)")
     options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"  # before the workers import torch
-    entries = [entry for entry in GRID if not options.only or entry.label in options.only]
+    entries = chosen(GRID, options.only)
     if options.what == "show":
         result = gather(entries, options.runs, options.seeds)
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, options.out)
         if options.docs:
             write_docs(result, options.docs)
         if options.readme:

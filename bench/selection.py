@@ -9,9 +9,7 @@ with those of the first, and with what random subsets of the same sizes would sh
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from method_grid import SELECTING, Entry
-from method_runs import Job, markdown, replace_between
+from method_runs import Job, arguments, chosen, markdown, replace_between, write_json
 
 
 def path_of(entry: Entry, seed: int, runs: Path) -> Path:
@@ -90,24 +88,14 @@ def _mean(values: list[float | None], digits: int = 3) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "show"))
-    parser.add_argument("--runs", type=Path, required=True, help="where the files of the runs are")
-    parser.add_argument("--only", nargs="+", help="labels of the methods; default: all that select")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="JSON to write (show)")
-    parser.add_argument("--docs", type=Path, help="page whose table is replaced (show)")
+    parser = arguments(__doc__, ("run", "show"), seeds=[0, 1, 2])
     options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"  # before the workers import torch
-    entries = [entry for entry in SELECTING if not options.only or entry.label in options.only]
+    entries = chosen(SELECTING, options.only)
     if options.what == "run":
         run_all(entries, options.seeds, options.runs, options.processes)
         return
     result = gather(entries, options.seeds, options.runs)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, options.out)
     if options.docs:
         replace_between(options.docs, "<!-- selection -->", "<!-- end of selection -->", table(result))
     print(table(result))
