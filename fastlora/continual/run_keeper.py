@@ -38,6 +38,7 @@ class RunKeeper:
         self.out, self.config = out, config
         self._resumes = out is not None and resume and out.exists()
         self._run: RunDir | None = None
+        self._hashed = -1, ""  # the last trained task, and the SHA-256 of the weights after it
         if out is not None:
             (check_run_directory if self._resumes else check_new_directory)(out)
 
@@ -85,8 +86,13 @@ class RunKeeper:
         Args:
             model: the plain one. place: record, trained, seconds and steps, as in RunState.
         """
-        if self._run:
-            write_state(self._run.state_path, capture(self._run, model, method, **self._known, **place))
+        if self._run is None:
+            return
+        if self._hashed[0] != place["trained"]:  # an evaluation leaves the weights as they are
+            self._hashed = place["trained"], weights_sha256(model)
+        write_state(
+            self._run.state_path, capture(self._run, model, method, weights=self._hashed[1], **self._known, **place)
+        )
 
     def keep_checkpoint(self, task: int, model: nn.Module) -> None:
         if self._run:

@@ -75,7 +75,6 @@ def capture(run: RunDir, model: nn.Module, method: Method, **place: Any) -> RunS
     return RunState(
         journal=len(run.journal),
         log=run.log(),
-        weights=weights_sha256(model),
         model={name: tensor for name, tensor in model.state_dict().items() if name not in rebuilt},
         method=method.state_dict(),
         **place,

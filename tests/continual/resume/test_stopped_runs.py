@@ -20,10 +20,11 @@ from continual.resume.cases import (
 from safetensors.torch import load_file, save_file
 
 import fastlora
-from fastlora.continual import TaskStream, Trainer, read_run, run_state
+from fastlora.continual import TaskStream, Trainer, read_run, run_keeper, run_state
 from fastlora.continual import config as configs
 from fastlora.continual.evaluation import evaluate
 from fastlora.continual.restore import method_of, restore
+from fastlora.continual.run_dir import STATE
 from fastlora.continual.stream import Reference
 
 # ---- stopped by an exception, at every kind of point
@@ -381,7 +382,15 @@ def test_the_commit_point_holds_nothing_of_the_images(make_clip, tokenizer, make
     assert shapes[0] == shapes[1]
 
 
-# ---- what is read back
+# ---- what is written and read back
+
+
+def test_the_weights_are_hashed_once_for_both_commits_of_a_task(train, tmp_path, monkeypatch):
+    hashed, original = [], run_keeper.weights_sha256
+    monkeypatch.setattr(run_keeper, "weights_sha256", lambda model: hashed.append(original(model)) or hashed[-1])
+    train("codyra", tmp_path / "run")[0].fit()
+    assert len(hashed) == 1 + 3 == len(set(hashed))
+    assert run_state.read_state(tmp_path / "run" / STATE).weights == hashed[-1]
 
 
 @pytest.mark.parametrize("filler", range(0, 64, 8))
