@@ -28,8 +28,10 @@ class Distillation:
 
     as in ZSCL (arXiv 2303.06628), whose images are reference data and whose teacher is the base model. With distil_on
     "task" the images are those of the step in work, which have been encoded already: no image of another task or of
-    elsewhere is needed, a list of sentences is enough. In s the student's images meet the student's texts. What of the
-    teacher cannot change during a task is computed once.
+    elsewhere is needed, a list of sentences is enough. With the model before the task as the teacher that is the idea of
+    VR-LwF (learning without forgetting via replayed vocabulary, arXiv 2207.09248), which makes its texts of words drawn
+    from the tokenizer. In s the student's images meet the student's texts. What of the teacher cannot change during a
+    task is computed once.
 
     Args:
         ctx: of a task that has not begun: its model is the plain one.
