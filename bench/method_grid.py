@@ -66,7 +66,7 @@ SELECTING = tuple(
     and entry.options.get("gate_init") != "ones"  # of which none dies
 )
 
-_SCALES = (0.35, 0.5, 0.75, 1.0)
+_SCALES = (0.5, 0.75, 1.0)
 _EIGHT = {"rank": 8}
 _HELD = {"distillation": 1.0}  # by the model before the task, on the task's own images and captions
 _REFERENCE = _HELD | {"distil_on": "reference", "teacher": "base"}  # by the base model, on images of no task: as ZSCL
