@@ -7,6 +7,7 @@ python bench/frontier.py show --runs DIR --out bench/results/frontier.json --plo
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from method_runs import (
     cell,
     chosen,
     markdown,
-    number,
     replace_between,
     run_all,
     spread,
@@ -26,7 +26,8 @@ from method_runs import (
 )
 
 EXPLORE_SEED = 100
-FORGETTING = (2.0, 3.5, 5.0, 8.0)  # points at which the curves are read
+LEARNING = (48.0, 50.0, 52.0, 54.0, 56.0)  # where the curves are read: the less forgotten there, the better
+FIGURES = (("forgetting", "Forgetting"), ("held_out", "Held-out"))
 
 
 def jobs_of(entries: list[Entry], benchmark: str, seeds: list[int]) -> list[Job]:
@@ -41,7 +42,9 @@ def gather(entries: list[Entry], benchmark: str, runs: Path, seeds: list[int]) -
         for value in entry.values:
             found = [Job(entry, benchmark, value, seed).figures(runs) for seed in seeds]
             if None not in found:
-                points.append({"value": value, **{s: spread([f[s] for f in found]) for s in ("own", "union")}})
+                seen = {key: [f["own"][key] for f in found] for key in ("learning", "forgetting", "held_out")}
+                spreads = {space: spread([f[space] for f in found]) for space in ("own", "union")}
+                points.append({"value": value, **spreads, "seeds": seen})
         if points:
             settings = {"method": entry.method, "options": entry.options, "vary": entry.vary}
             rules.append({"label": entry.label, **settings, "points": points})
@@ -51,20 +54,29 @@ def gather(entries: list[Entry], benchmark: str, runs: Path, seeds: list[int]) -
     return {"command": "python bench/frontier.py", **conditions, "rules": rules}
 
 
-def at_forgetting(rule: dict[str, Any], forgetting: float, figure: str) -> float | None:
-    """The figure on the rule's curve where it forgets so much, between two points; None outside of the curve."""
-    points = sorted((point["own"]["forgetting"]["mean"], point["own"][figure]["mean"]) for point in rule["points"])
-    x, y = zip(*points)
-    return float(np.interp(forgetting, x, y)) if x[0] <= forgetting <= x[-1] else None
+def at_learning(rule: dict[str, Any], learning: float, figure: str) -> list[float] | None:
+    """The figure on the rule's curve where it learns so much, of each seed; None where a seed's curve does not reach."""
+    found = []
+    for seed in zip(*(zip(point["seeds"]["learning"], point["seeds"][figure]) for point in rule["points"])):
+        x, y = zip(*sorted(seed))
+        if not x[0] <= learning <= x[-1]:
+            return None
+        found.append(float(np.interp(learning, x, y)))
+    return found
+
+
+def level(values: list[float] | None) -> str:
+    if values is None:
+        return "–"
+    return cell({"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None})
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: Learning and held-out of each rule at equal forgetting."""
-    lines = [["Rule", "over", *(f"{title} at {at:g}" for title in ("Learning", "Held-out") for at in FORGETTING)]]
+    """Markdown: Forgetting and held-out of each rule where all of them learn as much."""
+    lines = [["Rule", *(f"{title} at {at:g}" for _, title in FIGURES for at in LEARNING)]]
     for rule in result["rules"]:
-        cells = [number(at_forgetting(rule, at, figure)) for figure in ("learning", "held_out") for at in FORGETTING]
-        lines.append([rule["label"], rule["vary"], *cells])
-    return markdown(lines, texts=2)
+        lines.append([rule["label"], *(level(at_learning(rule, at, key)) for key, _ in FIGURES for at in LEARNING)])
+    return markdown(lines)
 
 
 def points_table(result: dict[str, Any]) -> str:
