@@ -157,7 +157,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
     run = read_run(options.run)
     with _needs("eval", "open_clip", "sklearn"):
-        from fastlora.continual import evaluation, restore
+        from fastlora.continual import evaluation, precision, restore
         from fastlora.continual.benchmarks import benchmark
     loaded = benchmark(run.config["benchmark"]).load(run.run_config)
     restore.check_same_tests(run, loaded.stream)
@@ -165,7 +165,8 @@ def evaluate(argv: Sequence[str]) -> None:
     method = restore.method_of(run)
     source = restore.restore(loaded.model, run, number, method)
     model_for = method.evaluation_model if method.per_dataset else None
-    result = evaluation.evaluate(*loaded, batch_size=run.config["eval_batch_size"], model_for=model_for)
+    how = {"batch_size": run.config["eval_batch_size"], "dtype": precision.DTYPES[run.run_config.dtype]}
+    result = evaluation.evaluate(*loaded, model_for=model_for, **how)
     now = {"own": result.own, "union": result.union}
     print(f"{options.run} after task {number}, from {source}, in {result.seconds:.1f} s")
     rows = [[space, *(f"{value:.1f}" for value in values)] for space, values in now.items()]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from fastlora.continual.configs.base import MethodConfig, UsageError, check_count, check_one_of, nearest
+from fastlora.continual.configs.base import MethodConfig, UsageError, check_count, check_flag, check_one_of, nearest
 from fastlora.continual.configs.bounds import JointConfig, PerTaskConfig
 from fastlora.continual.configs.data import DataConfig
 from fastlora.continual.configs.full import FullConfig, LwFConfig, WiSEFTConfig, ZSCLConfig
@@ -72,6 +72,12 @@ class RunConfig:
         seed: decides adapters, image order and, in few-shot benchmarks, the training images; >= 0.
         device: auto (a GPU where torch sees one), cpu, cuda, cuda:1 ...
         backend: of the adapted layers: auto, torch or triton.
+        dtype: that frozen weights and activations have in training and evaluation: float32, bfloat16 or float16. Adapters
+            are float32, and so are the weights that they are merged into.
+        accumulate: parts in which the images of a step go through the model, for the memory of one part; the loss is
+            that of the whole batch, at the price of a second forward pass of the images.
+        activation_checkpointing: keep the input of each block alone for backward, and compute the rest again.
+        compile: no, default or max-autotune: the towers by torch.compile, anew for each task.
         eval_batch_size: images per forward pass in evaluation.
         log_every: iterations from one line of log.csv to the next.
         checkpoints: merged weights to keep: last (after the last task), all, or none. The adapters are always kept.
@@ -86,6 +92,10 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
+    dtype: str = "float32"
+    accumulate: int = 1
+    activation_checkpointing: bool = False
+    compile: str = "no"
     eval_batch_size: int = 256
     log_every: int = 10
     checkpoints: str = "last"
@@ -99,6 +109,12 @@ class RunConfig:
             raise ValueError(f"method is {self.method!r}; it must be a config. Build one, such as CoDyRAConfig().")
         check_count("seed", self.seed, "Give 0 or another whole number.", least=0)
         check_one_of("backend", self.backend, ("auto", "torch", "triton"))
+        check_one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_count(
+            "accumulate", self.accumulate, "Give the parts in which a step's images are computed, 1 for all at once."
+        )
+        check_flag("activation_checkpointing", self.activation_checkpointing)
+        check_one_of("compile", self.compile, ("no", "default", "max-autotune"))
         check_count("eval_batch_size", self.eval_batch_size, "Give the images per forward pass, such as 256.")
         check_count("log_every", self.log_every, "Give the iterations between two lines of the log, such as 10.")
         check_one_of("checkpoints", self.checkpoints, ("last", "all", "none"))
@@ -112,7 +128,8 @@ class RunConfig:
 
     # how a run is carried out, not what it computes: a resumed run may change them, and differs by rounding at most
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        *("device", "backend", "eval_batch_size", "checkpoints", "log_to"),
+        *("device", "backend", "accumulate", "activation_checkpointing", "compile"),
+        *("eval_batch_size", "checkpoints", "log_to"),
         *("data.root", "data.workers", "data.cache_gb", "data.verify"),
     )
 

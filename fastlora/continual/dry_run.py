@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlora
+from fastlora.continual.features import image_features, text_features
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.tables import text_table
-from fastlora.continual.text import encode_text
 from fastlora.continual.training_data import prompts
 
 if TYPE_CHECKING:
@@ -159,9 +159,8 @@ def saved_bytes(model: Any, images: Tensor, tokens: Tensor) -> int:
         pixels, texts = (mode.from_tensor(part) for part in (images, tokens))
         labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            image_features = model.encode_image(pixels, normalize=True)
-            text_features = encode_text(model, texts, normalize=True)
-            contrastive_loss(image_features, text_features, labels, model.logit_scale.detach().exp())
+            scale = model.logit_scale.detach().exp()
+            contrastive_loss(image_features(model, pixels), text_features(model, texts), labels, scale)
         sizes = [tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own]
     model.train(training)
     return sum(sizes)

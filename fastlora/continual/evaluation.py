@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.continual.batches import in_order
+from fastlora.continual.features import image_features, text_features
+from fastlora.continual.precision import computing_in
 from fastlora.continual.stream import Task, TaskStream
-from fastlora.continual.text import cut_context, encode_text
+from fastlora.continual.text import cut_context
 
 _PROMPTS_AT_ONCE = 512
 
@@ -44,6 +46,7 @@ def evaluate(
     stream: TaskStream,
     *,
     batch_size: int = 256,
+    dtype: torch.dtype = torch.float32,
     model_for: Callable[[nn.Module, int], AbstractContextManager[nn.Module]] | None = None,
 ) -> Evaluation:
     """Classify every test image by the nearest class embedding.
@@ -52,6 +55,7 @@ def evaluate(
     label space a prediction counts only for the data set's own copy of a class, also where two share a class name.
 
     Args:
+        dtype: of weights and activations; features and similarities are float32.
         model_for: (model, index) -> context in which the model for data set `index` is there, its text tower included;
             None where one model serves them all. The held-out set is tested with `model` itself.
     Raises:
@@ -61,20 +65,23 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        heads = [class_embeddings(model, tokenizer, task) for task in stream.tasks] if model_for is None else None
-        offset, own_accuracy, union_accuracy, held_out = 0, [], [], None
-        for index, task in enumerate(stream.tasks):
-            with model_for(model, index) if model_for else contextlib.nullcontext(model) as its_model:
-                its_model.eval()
-                its_heads = heads or [class_embeddings(its_model, tokenizer, other) for other in stream.tasks]
-                spaces = [(its_heads[index], 0), (torch.cat(its_heads), offset)]
-                own, among_all = _accuracies(its_model, task, spaces, batch_size)
-            own_accuracy.append(own)
-            union_accuracy.append(among_all)
-            offset += len(task.classes)
-        if stream.held_out is not None:
-            head = class_embeddings(model, tokenizer, stream.held_out)
-            (held_out,) = _accuracies(model, stream.held_out, [(head, 0)], batch_size)
+        with contextlib.nullcontext() if model_for else computing_in(dtype, model):
+            heads = None if model_for else [class_embeddings(model, tokenizer, task) for task in stream.tasks]
+            offset, own_accuracy, union_accuracy, held_out = 0, [], [], None
+            for index, task in enumerate(stream.tasks):
+                its_own = model_for(model, index) if model_for else contextlib.nullcontext(model)
+                with its_own as its_model, computing_in(dtype, its_model):
+                    its_model.eval()
+                    its_heads = heads or [class_embeddings(its_model, tokenizer, other) for other in stream.tasks]
+                    spaces = [(its_heads[index], 0), (torch.cat(its_heads), offset)]
+                    own, among_all = _accuracies(its_model, task, spaces, batch_size)
+                own_accuracy.append(own)
+                union_accuracy.append(among_all)
+                offset += len(task.classes)
+            if stream.held_out is not None:
+                with computing_in(dtype, model):
+                    head = class_embeddings(model, tokenizer, stream.held_out)
+                    (held_out,) = _accuracies(model, stream.held_out, [(head, 0)], batch_size)
     finally:
         model.train(training)
     return Evaluation(tuple(own_accuracy), tuple(union_accuracy), held_out, time.perf_counter() - start)
@@ -84,7 +91,7 @@ def class_embeddings(model: nn.Module, tokenizer: Any, task: Task) -> Tensor:
     """[C, D], unit rows: normalised mean over the templates of normalised text features."""
     prompts = [template.format(name) for template in task.templates for name in task.classes]
     tokens = cut_context(model, tokenizer(prompts)).to(_device(model))
-    features = torch.cat([encode_text(model, part, normalize=True) for part in tokens.split(_PROMPTS_AT_ONCE)])
+    features = torch.cat([text_features(model, part) for part in tokens.split(_PROMPTS_AT_ONCE)])
     mean = features.unflatten(0, (len(task.templates), len(task.classes))).mean(dim=0)
     return _finite(F.normalize(mean, dim=-1), f"text features of {task.name!r}")
 
@@ -101,7 +108,7 @@ def _accuracies(model: nn.Module, task: Task, heads: list[tuple[Tensor, int]], b
 def _image_features(model: Any, task: Task, batch_size: int) -> tuple[Tensor, Tensor]:
     device, features, labels = _device(model), [], []
     for images, targets in in_order(task.test, batch_size):
-        features.append(model.encode_image(images.to(device), normalize=True))
+        features.append(image_features(model, images.to(device)))
         labels.append(targets)
     return _finite(torch.cat(features), f"image features of {task.name!r}"), torch.cat(labels).to(device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +28,8 @@ def contrastive_loss(
     """
     logits = logit_scale * image_features @ text_features.t()  # [B, C]
     image_side = F.cross_entropy(logits, labels)
-    targets = F.one_hot(labels, len(text_features)).t().to(logits.dtype)  # [C, B]; a class twice in a batch has two 1s
+    classes = torch.arange(len(text_features), device=labels.device)  # one_hot would read the labels on the host
+    targets = (classes[:, None] == labels).to(logits.dtype)  # [C, B]; a class twice in a batch has two 1s
     per_class = F.cross_entropy(logits.t(), targets, reduction="sum")
     return image_side + per_class / (seen_classes + len(text_features))
 

@@ -21,14 +21,14 @@ from fastlora.continual.device import find_device
 from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
 from fastlora.continual.loggers import Loggers
-from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.methods import TaskContext, build_method
 from fastlora.continual.methods.distillation import Distillation, check_reference, distils
+from fastlora.continual.precision import DTYPES, check_dtype
 from fastlora.continual.progress import Progress
 from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_keeper import RunKeeper
+from fastlora.continual.step import training_step
 from fastlora.continual.stream import Task, TaskStream
-from fastlora.continual.text import encode_text
 from fastlora.continual.training_data import TrainingData, open_data
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Trainer:
         resume: go on with the run in `out` from its last finished task, given the same model, stream and options: the
             result is bit for bit that of a run which was never cut short, on a CPU. An unfinished task starts again.
             Where `out` holds no finished task, the run starts from the beginning.
-        options: further fields of RunConfig (device, backend, eval_batch_size, log_every, checkpoints, log_to).
+        options: further fields of RunConfig (device, backend, dtype, accumulate, eval_batch_size, checkpoints, ...).
     Raises:
         ValueError: an option is out of range. FileExistsError, OSError: `out` cannot be made, or is no run to resume.
     """
@@ -75,6 +75,7 @@ class Trainer:
         self.config = config or RunConfig(benchmark=stream.name, method=method, seed=seed, **options)
         self.method = build_method(self.config.method, backend=self.config.backend)
         self.method.check(stream)
+        check_dtype(self.config.dtype, self.method.adapters_alone, self.config.method.name)
         if distils(self.config.method):
             check_reference(self.config.method, stream, images=self.config.method.distil_on == "reference")
         self.device = find_device(self.config.device)
@@ -172,52 +173,31 @@ class Trainer:
         torch.manual_seed(generator_for(self.config.seed, "dropout", number).initial_seed())
         if distils(config):
             ctx.distillation = Distillation(ctx, config)
+            ctx.distillation.teacher.to(DTYPES[self.config.dtype])
         self.method.begin_task(ctx)
         return ctx, source
 
     def _train(self, number: int, task: Task) -> None:
-        config, model = self.method.config, self.model
+        config = self.method.config
         ctx, source = self.begin(number, task)
         optimizer = ctx.optimizer
         first_lrs = [group["lr"] for group in optimizer.param_groups]
-        logit_scale = model.logit_scale.detach().exp()  # frozen
-        frozen_texts: dict[int, Tensor] = {}
         losses: list[Tensor] = []
         iterations = config.iterations * len(source)  # joint training takes as many steps as all tasks
 
         self._progress.start(f"task {number}/{len(self.stream)} {task.name}", iterations)
-        model.train()
-        for iteration in range(iterations):
-            for group, lr in zip(optimizer.param_groups, first_lrs):
-                group["lr"] = cosine(lr, iteration, iterations)
-            kappa = self.method.kappa(iteration)
-            if kappa is not None:
-                optimizer.kappa = kappa
-
-            batch = source.batch(iteration)
-            image_features = model.encode_image(batch.images, normalize=True)
-            text_features = frozen_texts.get(batch.source)
-            if text_features is None:
-                text_features = encode_text(model, batch.prompts, normalize=True)
-                if not text_features.requires_grad:  # a frozen text tower is encoded once per task
-                    frozen_texts[batch.source] = text_features
-            loss = contrastive_loss(image_features, text_features, batch.labels, logit_scale, ctx.seen_classes)
-            ctx.step = {"iteration": iteration, "images": batch.images, "labels": batch.labels, "loss": loss}
-            ctx.step |= {"image_features": image_features, "text_features": text_features}
-            for extra_loss in (self.method.extra_loss(ctx), ctx.distillation and ctx.distillation.loss(ctx)):
-                if extra_loss is not None:
-                    loss = loss + extra_loss
-
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()  # AdamW, then the proximal step on the gates
-            self.method.after_step(ctx)
-
-            losses.append(loss.detach())
-            self._steps += 1
-            if iteration % self.config.log_every == 0 or iteration == iterations - 1:
-                self._log(ctx, losses)
-                losses.clear()
+        with training_step(self.method, ctx, self.config) as step:
+            for iteration in range(iterations):
+                for group, lr in zip(optimizer.param_groups, first_lrs):
+                    group["lr"] = cosine(lr, iteration, iterations)
+                kappa = self.method.kappa(iteration)
+                if kappa is not None:
+                    optimizer.kappa = kappa
+                losses.append(step(iteration, source.batch(iteration)))
+                self._steps += 1
+                if iteration % self.config.log_every == 0 or iteration == iterations - 1:
+                    self._log(ctx, losses)
+                    losses.clear()
 
         ranks = self.method.end_task(ctx)
         if ranks is not None:
@@ -240,6 +220,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             device=self.device,
             base=self._drift.start,
+            fixed_shapes=self.config.compile != "no",
         )
 
     def _evaluate(self, what: str, known: Evaluation | None = None) -> Evaluation:
@@ -249,6 +230,7 @@ class Trainer:
                 self.tokenizer,
                 self.stream,
                 batch_size=self.config.eval_batch_size,
+                dtype=DTYPES[self.config.dtype],
                 model_for=self.method.evaluation_model if self.method.per_dataset else None,
             )
             drift = self._drift.norm(self.model)

@@ -49,9 +49,9 @@ def tiny_task(name: str, classes: int, shots: int = 8, templates: int = 2, noise
     return Task(name, tuple(f"{name}{'abcdefgh'[i]}" for i in range(classes)), forms, images(shots), images(5))
 
 
-def tiny_stream() -> TaskStream:
+def tiny_stream(**options) -> TaskStream:
     tasks = [tiny_task("red", 3, seed=1), tiny_task("green", 4, seed=2), tiny_task("blue", 2, seed=3)]
-    return TaskStream("tiny", tasks, held_out=tiny_task("grey", 5, seed=4))
+    return TaskStream("tiny", tasks, held_out=tiny_task("grey", 5, seed=4), **options)
 
 
 @pytest.fixture

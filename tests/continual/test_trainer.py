@@ -275,10 +275,10 @@ def test_dropping_dead_ranks_during_a_task_changes_the_work_alone(prox, make_cli
 
 def test_frozen_text_tower_is_encoded_once_per_task(make_clip, tokenizer, make_stream, monkeypatch):
     """Saves work, changes nothing: the twin encodes at every step."""
-    from fastlora.continual import trainer as module
+    from fastlora.continual import step as module
 
-    calls, original = [], module.encode_text
-    monkeypatch.setattr(module, "encode_text", lambda *args, **kw: calls.append(1) or original(*args, **kw))
+    calls, original = [], module.text_features
+    monkeypatch.setattr(module, "text_features", lambda *args, **kw: calls.append(1) or original(*args, **kw))
     Trainer(make_clip(), tokenizer, make_stream(), codyra(iterations=4, where="vision"), progress=False).fit()
     assert len(calls) == 3
     calls.clear()

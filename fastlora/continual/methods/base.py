@@ -41,6 +41,7 @@ class TaskContext:
         device: of the model.
         base: parameters of the model before the first task by name, on the CPU; not to be written to.
         distillation: the loss of config.distillation; None where that is 0.
+        fixed_shapes: adapters must keep their shapes during the task: what was compiled is for these.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class TaskContext:
     device: torch.device = torch.device("cpu")
     base: Mapping[str, Tensor] = field(default_factory=dict)
     distillation: Any = None
+    fixed_shapes: bool = False
 
 
 class Method:
@@ -69,6 +71,7 @@ class Method:
         journaled: the model after a task follows from the base model and the adapters in the journal. Where it does
             not, a run keeps the weights.
         beside_weights: what was learned stays beside the weights, in `state_dict`; `attach` puts it into a plain model.
+        adapters_alone: trains adapters over frozen weights.
         per_dataset: `evaluation_model` gives other models to other data sets.
         selects: of the components that a task starts with, `end_task` merges a choice.
         draws: what that choice hangs on that is drawn at random: gates, choice, or nothing.
@@ -79,6 +82,7 @@ class Method:
     joint: ClassVar[bool] = False
     journaled: ClassVar[bool] = True
     beside_weights: ClassVar[bool] = False
+    adapters_alone: bool = True
     per_dataset: ClassVar[bool] = False
     selects: ClassVar[bool] = False
     draws: str = ""
@@ -205,8 +209,10 @@ class AdapterMethod(Method):
     def drop_dead(self, ctx: TaskContext) -> None:
         """Take components whose gate is 0 to stay out of the model and its optimizer: no result changes, steps cost less.
 
-        Waits for the device.
+        Waits for the device. Does nothing where shapes are fixed.
         """
+        if ctx.fixed_shapes:
+            return
         ctx.optimizer.drop_dead_ranks_(ctx.model)
 
     def end_task(self, ctx: TaskContext) -> RankReport:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastlora.continual.batches import gather, generator_for
 from fastlora.continual.configs.base import AdapterConfig, MethodConfig
+from fastlora.continual.features import image_features, text_features
 from fastlora.continual.losses import distillation_loss
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.weights import put_back
 from fastlora.continual.stream import Reference, TaskStream
-from fastlora.continual.text import cut_context, encode_text
+from fastlora.continual.text import cut_context
 
 _AT_ONCE = 256
 
@@ -54,18 +55,18 @@ class Distillation:
         teacher_texts = self.features["texts"][texts]
         student_texts = teacher_texts  # a tower that does not train is the teacher's
         if where != "vision":
-            student_texts = encode_text(ctx.model, self.reference.tokens[texts], normalize=True)
+            student_texts = text_features(ctx.model, self.reference.tokens[texts])
         if config.distil_on == "task":
             student_images = ctx.step["image_features"]
             with torch.no_grad():
-                teacher_images = self.teacher.encode_image(ctx.step["images"], normalize=True)
+                teacher_images = image_features(self.teacher, ctx.step["images"])
         else:
             images = next(self.draws["images"])
             teacher_images = self.features["images"][images.to(ctx.device)]
             student_images = teacher_images
             if where != "text":
                 pixels = self.reference.images(images).to(ctx.device)
-                student_images = ctx.model.encode_image(pixels, normalize=True)
+                student_images = image_features(ctx.model, pixels)
         scale = ctx.model.logit_scale.detach().exp()
         teacher, student = scale * teacher_images @ teacher_texts.t(), scale * student_images @ student_texts.t()
         return config.distillation * both_ways(teacher, student, config.temperature)
@@ -95,10 +96,10 @@ class ReferenceData:
         """The unit features that `model` gives now, [n, D] for texts and, where they are used, images."""
         training = model.training
         model.eval()
-        found = {"texts": torch.cat([encode_text(model, part, normalize=True) for part in self.tokens.split(_AT_ONCE)])}
+        found = {"texts": torch.cat([text_features(model, part) for part in self.tokens.split(_AT_ONCE)])}
         if len(self.chosen):
             parts = (self.images(part).to(self.device) for part in torch.arange(len(self.chosen)).split(_AT_ONCE))
-            found["images"] = torch.cat([model.encode_image(part, normalize=True) for part in parts])
+            found["images"] = torch.cat([image_features(model, part) for part in parts])
         model.train(training)
         return found
 

@@ -22,6 +22,7 @@ class FullFineTuning(Method):
 
     config_class = FullConfig
     trains = True
+    adapters_alone = False
     journaled = False
 
     def __init__(self, config: Any, **options: Any) -> None:

@@ -31,7 +31,7 @@ class Joint(Method):
         inner: type[Method] = LoRA if config.train == "adapters" else FullFineTuning
         shared = {item.name for item in dataclasses.fields(inner.config_class)} & set(vars(config))
         self.inner = inner(inner.config_class(**{name: getattr(config, name) for name in shared}), **options)
-        self.journaled = self.inner.journaled
+        self.journaled, self.adapters_alone = self.inner.journaled, self.inner.adapters_alone
 
     def begin_task(self, ctx: TaskContext) -> None:
         self.inner.begin_task(ctx)

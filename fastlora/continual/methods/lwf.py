@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastlora.continual.configs.full import LwFConfig
+from fastlora.continual.features import image_features, text_features
 from fastlora.continual.losses import distillation_loss
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.full import FullFineTuning
-from fastlora.continual.text import cut_context, encode_text
+from fastlora.continual.text import cut_context
 
 
 class LwF(FullFineTuning):
@@ -40,16 +41,16 @@ class LwF(FullFineTuning):
         self.teacher = copy.deepcopy(ctx.model).eval().requires_grad_(False)
         texts = [task.templates[0].format(name) for task in ctx.earlier for name in task.classes]
         self.old_prompts = cut_context(ctx.model, ctx.tokenizer(texts)).to(ctx.device)
-        self.teacher_texts = encode_text(self.teacher, self.old_prompts, normalize=True)
+        self.teacher_texts = text_features(self.teacher, self.old_prompts)
 
     def extra_loss(self, ctx: TaskContext) -> Tensor | None:
         if self.teacher is None:
             return None
         student_texts = self.teacher_texts
         if self.config.text_features == "student":
-            student_texts = encode_text(ctx.model, self.old_prompts, normalize=True)
+            student_texts = text_features(ctx.model, self.old_prompts)
         with torch.no_grad():
-            features = self.teacher.encode_image(ctx.step["images"], normalize=True)
+            features = image_features(self.teacher, ctx.step["images"])
         scale = ctx.model.logit_scale.detach().exp()
         teacher = scale * features @ self.teacher_texts.t()  # [B, C]
         student = scale * ctx.step["image_features"] @ student_texts.t()

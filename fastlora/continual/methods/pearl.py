@@ -12,11 +12,11 @@ import fastlora
 from fastlora.base_weights import host_of
 from fastlora.continual.batches import batches
 from fastlora.continual.configs.subspaces import PEARLConfig
+from fastlora.continual.features import image_features, text_features
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.low_rank import smallest_rank
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.lora import LoRA
-from fastlora.continual.text import encode_text
 from fastlora.continual.training_data import prompts
 
 PACKED = ("q", "k", "v")  # row blocks of in_proj_weight
@@ -76,9 +76,8 @@ class PEARL(LoRA):
         logit_scale = model.logit_scale.detach().exp()
         steps = zip(range(config.reference_iterations), batches(ctx.train, config.batch_size, ctx.seed, ctx.number))
         for _, (images, labels) in steps:
-            image_features = model.encode_image(images.to(ctx.device), normalize=True)
-            text_features = encode_text(model, tokens, normalize=True)
-            loss = contrastive_loss(image_features, text_features, labels.to(ctx.device), logit_scale, ctx.seen_classes)
+            features = image_features(model, images.to(ctx.device)), text_features(model, tokens)
+            loss = contrastive_loss(*features, labels.to(ctx.device), logit_scale, ctx.seen_classes)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastlora.continual.configs.full import ZSCLConfig
+from fastlora.continual.features import image_features, text_features
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.distillation import ReferenceData, both_ways, check_reference
 from fastlora.continual.methods.full import FullFineTuning
 from fastlora.continual.methods.weights import other_weights
 from fastlora.continual.stream import TaskStream
-from fastlora.continual.text import encode_text
 
 
 class ZSCL(FullFineTuning):
@@ -62,10 +62,10 @@ class ZSCL(FullFineTuning):
         images, texts = next(self.draws["images"]), next(self.draws["texts"])
         teacher_images = self.features["images"][images.to(ctx.device)]
         teacher_texts = self.features["texts"][texts.to(ctx.device)]
-        student_images = ctx.model.encode_image(reference.images(images).to(ctx.device), normalize=True)
+        student_images = image_features(ctx.model, reference.images(images).to(ctx.device))
         student_texts = teacher_texts
         if config.text_features == "student":
-            student_texts = encode_text(ctx.model, reference.tokens[texts.to(ctx.device)], normalize=True)
+            student_texts = text_features(ctx.model, reference.tokens[texts.to(ctx.device)])
         scale = ctx.model.logit_scale.detach().exp()
         teacher = scale * teacher_images @ teacher_texts.t()  # [images, texts]
         student = scale * student_images @ student_texts.t()

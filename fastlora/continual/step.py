@@ -1,0 +1,146 @@
+"""One training step of a task: features, loss, backward, optimizer; and the ways in which it can be carried out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.continual.config import RunConfig
+from fastlora.continual.features import image_features, text_features
+from fastlora.continual.losses import contrastive_loss
+from fastlora.continual.methods.base import Method, TaskContext
+from fastlora.continual.precision import DTYPES, computing_in
+from fastlora.continual.training_data import Batch
+
+
+class TrainingStep:
+    """A step of the task in work. Calling it trains on a batch; no value is read back from the device.
+
+    With `accumulate` > 1 the images go through the model in so many parts, one after the other, and memory for
+    activations is that of one part. The loss compares all images of the batch with each other, so it cannot be summed
+    over parts: features are computed first, without a graph, then the loss and its gradient with respect to them, then
+    each part again, with that gradient (gradient cache, arXiv 2101.06983, section 3.2; as open_clip's accum_freq). What
+    it costs is a second forward pass of the images. Dropout draws the same in both passes.
+
+    In float16 the loss is scaled by torch.amp.GradScaler, and a step whose gradients overflow is skipped; to know
+    that, it does wait for the device.
+
+    Args:
+        method: its hooks see ctx.step.
+        ctx: of the task; its optimizer is set.
+        config: dtype, accumulate and compile.
+    """
+
+    def __init__(self, method: Method, ctx: TaskContext, config: RunConfig) -> None:
+        self._method, self._ctx, self._parts = method, ctx, config.accumulate
+        self._logit_scale = ctx.model.logit_scale.detach().exp()  # frozen
+        self._frozen_texts: dict[int, Tensor] = {}
+        self._scaler = torch.amp.GradScaler(ctx.device.type, enabled=config.dtype == "float16")
+        self._encode_image, self._encode_text = _encoders(config.compile)
+
+    def __call__(self, iteration: int, batch: Batch) -> Tensor:
+        """Train on `batch`; the loss, 0-d, detached."""
+        ctx = self._ctx
+        features = _Features(self._encode_image, ctx.model, batch.images, self._parts)
+        text = self._texts(batch)
+        loss = contrastive_loss(features.all, text, batch.labels, self._logit_scale, ctx.seen_classes)
+        ctx.step = {"iteration": iteration, "images": batch.images, "labels": batch.labels, "loss": loss}
+        ctx.step |= {"image_features": features.all, "text_features": text}
+        for extra_loss in (self._method.extra_loss(ctx), ctx.distillation and ctx.distillation.loss(ctx)):
+            if extra_loss is not None:
+                loss = loss + extra_loss
+
+        ctx.optimizer.zero_grad()
+        self._scaler.scale(loss).backward()
+        features.backward()
+        self._scaler.step(ctx.optimizer)  # AdamW, then the proximal step on the gates
+        self._scaler.update()
+        self._method.after_step(ctx)
+        return loss.detach()
+
+    def _texts(self, batch: Batch) -> Tensor:
+        found = self._frozen_texts.get(batch.source)
+        if found is None:
+            found = self._encode_text(self._ctx.model, batch.prompts)
+            if not found.requires_grad:  # a frozen text tower is encoded once per task
+                self._frozen_texts[batch.source] = found
+        return found
+
+
+class _Features:
+    """Image features of a batch in one graph, or in parts whose graphs are made when the gradient is there.
+
+    Attributes:
+        all: [B, D], unit rows.
+    """
+
+    def __init__(self, encode: Callable[..., Tensor], model: Any, images: Tensor, parts: int) -> None:
+        self._encode, self._model = encode, model
+        self._images: tuple[Tensor, ...] = ()
+        self._states: list[_RandomState] = []
+        if parts == 1:
+            self.all = encode(model, images)
+            return
+        self._images, features = images.chunk(parts), []
+        with torch.no_grad():
+            for part in self._images:
+                self._states.append(_RandomState(images.device))
+                features.append(encode(model, part))
+        self.all = torch.cat(features).requires_grad_()
+
+    def backward(self) -> None:
+        """The gradients of the parts, once that of `all` is known."""
+        if not self._images:
+            return
+        for part, state, grad in zip(self._images, self._states, self.all.grad.chunk(len(self._images))):
+            state.restore()
+            features = self._encode(self._model, part)
+            if features.requires_grad:  # the image tower may be frozen
+                features.backward(grad)
+
+
+class _RandomState:
+    """State of torch's global generators for the CPU and `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._cpu = torch.get_rng_state()
+        self._cuda = None if self._device is None else torch.cuda.get_rng_state(self._device)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+def _encoders(compile: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    if compile == "no":
+        return image_features, text_features
+    # what an earlier task compiled is for modules that are gone; kept, it would count against torch's recompile limit
+    torch.compiler.reset()
+    mode = None if compile == "default" else "max-autotune-no-cudagraphs"
+    return tuple(torch.compile(encode, mode=mode) for encode in (image_features, text_features))
+
+
+@contextlib.contextmanager
+def training_step(method: Method, ctx: TaskContext, config: RunConfig) -> Iterator[TrainingStep]:
+    """A step for the task that has begun. Within, the model computes as `config` says; afterwards as before."""
+    with computing_in(DTYPES[config.dtype], ctx.model), _checkpointing(ctx.model, config.activation_checkpointing):
+        ctx.model.train()
+        yield TrainingStep(method, ctx, config)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """open_clip's activation checkpointing, block by block."""
+    if wanted:
+        model.set_grad_checkpointing(True)
+    try:
+        yield
+    finally:
+        if wanted:
+            model.set_grad_checkpointing(False)
