@@ -78,6 +78,7 @@ class RunConfig:
             that of the whole batch, at the price of a second forward pass of the images.
         activation_checkpointing: keep the input of each block alone for backward, and compute the rest again.
         compile: no, default or max-autotune: the towers by torch.compile, anew for each task.
+        cuda_graph: capture a whole step once per task and replay it, for methods without hooks of their own at each step.
         eval_batch_size: images per forward pass in evaluation.
         log_every: iterations from one line of log.csv to the next.
         checkpoints: merged weights to keep: last (after the last task), all, or none. The adapters are always kept.
@@ -96,6 +97,7 @@ class RunConfig:
     accumulate: int = 1
     activation_checkpointing: bool = False
     compile: str = "no"
+    cuda_graph: bool = False
     eval_batch_size: int = 256
     log_every: int = 10
     checkpoints: str = "last"
@@ -114,6 +116,7 @@ class RunConfig:
             "accumulate", self.accumulate, "Give the parts in which a step's images are computed, 1 for all at once."
         )
         check_flag("activation_checkpointing", self.activation_checkpointing)
+        check_flag("cuda_graph", self.cuda_graph)
         check_one_of("compile", self.compile, ("no", "default", "max-autotune"))
         check_count("eval_batch_size", self.eval_batch_size, "Give the images per forward pass, such as 256.")
         check_count("log_every", self.log_every, "Give the iterations between two lines of the log, such as 10.")
@@ -128,7 +131,7 @@ class RunConfig:
 
     # how a run is carried out, not what it computes: a resumed run may change them, and differs by rounding at most
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        *("device", "backend", "accumulate", "activation_checkpointing", "compile"),
+        *("device", "backend", "accumulate", "activation_checkpointing", "compile", "cuda_graph"),
         *("eval_batch_size", "checkpoints", "log_to"),
         *("data.root", "data.workers", "data.cache_gb", "data.verify"),
     )

@@ -20,6 +20,7 @@ from fastlora.continual.config import CoDyRAConfig, MethodConfig, RunConfig
 from fastlora.continual.device import find_device
 from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
+from fastlora.continual.graphed_step import GraphedStep, check_capture
 from fastlora.continual.loggers import Loggers
 from fastlora.continual.methods import TaskContext, build_method
 from fastlora.continual.methods.distillation import Distillation, check_reference, distils
@@ -79,6 +80,8 @@ class Trainer:
         if distils(self.config.method):
             check_reference(self.config.method, stream, images=self.config.method.distil_on == "reference")
         self.device = find_device(self.config.device)
+        if self.config.cuda_graph:
+            check_capture(self.config, self.method, self.device)
         self.model: Any = model.to(self.device)
         self.tokenizer, self.stream = tokenizer, stream
         self.record = Record([task.name for task in stream.tasks])
@@ -187,6 +190,8 @@ class Trainer:
 
         self._progress.start(f"task {number}/{len(self.stream)} {task.name}", iterations)
         with training_step(self.method, ctx, self.config) as step:
+            if self.config.cuda_graph:
+                step = GraphedStep(step, ctx, config.batch_size)
             for iteration in range(iterations):
                 for group, lr in zip(optimizer.param_groups, first_lrs):
                     group["lr"] = cosine(lr, iteration, iterations)
@@ -220,7 +225,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             device=self.device,
             base=self._drift.start,
-            fixed_shapes=self.config.compile != "no",
+            fixed_shapes=self.config.cuda_graph or self.config.compile != "no",
         )
 
     def _evaluate(self, what: str, known: Evaluation | None = None) -> Evaluation:
