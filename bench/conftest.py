@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import facts as measured_on
 import pytest
 import torch
 from gpu import timing
@@ -19,6 +17,7 @@ _GOALS: list[tuple[str, float, float | None]] = []
 
 
 def pytest_addoption(parser):
+    parser.addoption("--goals", type=Path, metavar="FILE", help="add the goals' table to this JSON file")
     parser.addoption("--small", action="store_true", help="run every benchmark on tiny shapes, to see that it runs")
 
 
@@ -29,33 +28,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def facts() -> dict[str, str]:
     """Device, versions and commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "driver": _driver() if torch.cuda.is_available() else "none",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0] or "unknown"
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return measured_on.facts()
 
 
 class Limits(NamedTuple):
@@ -77,11 +50,6 @@ def limits(request) -> Limits:
     series = timing.interleaved(calls, device, 1)
     product, copy = (series[name].median / 1e6 for name in calls)
     return Limits(2 * side**3 / product, 8 * count / copy)
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 @pytest.fixture
@@ -126,9 +94,11 @@ def goal(small) -> Callable[..., None]:
     return note
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     if not _GOALS:
         return
+    if config.getoption("--goals"):
+        measured_on.save_goals(config.getoption("--goals"), _GOALS)
     terminalreporter.section("goals")
     for name, measured, target in _GOALS:
         verdict = ""

@@ -136,6 +136,11 @@ class RunConfig:
         *("data.root", "data.workers", "data.cache_gb", "data.verify"),
     )
 
+    @property
+    def fixes_shapes(self) -> bool:
+        """Whether dead components stay in their tensors: what is compiled, captured or clipped looks at all of them."""
+        return self.cuda_graph or self.compile != "no" or getattr(self.method, "clip_norm", 0.0) > 0
+
     def keeps_checkpoint(self, task: int, tasks: int) -> bool:
         """Whether the merged weights after `task` (from 1) of `tasks` are saved."""
         return self.checkpoints == "all" or (self.checkpoints == "last" and task == tasks)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora.continual.config import RunConfig
 from fastlora.continual.features import image_features, text_features
@@ -57,10 +57,17 @@ class TrainingStep:
         ctx.optimizer.zero_grad()
         self._scaler.scale(loss).backward()
         features.backward()
+        self._clip()
         self._scaler.step(ctx.optimizer)  # AdamW, then the proximal step on the gates
         self._scaler.update()
         self._method.after_step(ctx)
         return loss.detach()
+
+    def _clip(self) -> None:
+        largest, optimizer = self._method.config.clip_norm, self._ctx.optimizer
+        if largest:
+            self._scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], largest)
 
     def _texts(self, batch: Batch) -> Tensor:
         found = self._frozen_texts.get(batch.source)

@@ -225,7 +225,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             device=self.device,
             base=self._drift.start,
-            fixed_shapes=self.config.cuda_graph or self.config.compile != "no",
+            fixed_shapes=self.config.fixes_shapes,
         )
 
     def _evaluate(self, what: str, known: Evaluation | None = None) -> Evaluation:

@@ -57,8 +57,15 @@ class TrainingData:
     def batch(self, iteration: int) -> Batch:
         """The next batch; iterations count up from 0."""
         source = iteration % len(self)
-        images, labels = (part.to(self._device) for part in next(self._batches[source]))
+        images, labels = (to_device(part, self._device) for part in next(self._batches[source]))
         return Batch(images, labels, self._prompts[source], source)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU is made from pinned memory, so that the host does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def prompts(task: Task, model: Any, tokenizer: Any) -> Tensor:

@@ -14,6 +14,7 @@ def test_published_defaults():
         "iterations": 500,
         "batch_size": 64,
         "lr": 5e-4,
+        "clip_norm": 0.0,
         "merge_scale": 1.0,
         "targets": ["q", "k", "v", "out", "fc1", "fc2"],
         "where": "all",

@@ -233,6 +233,32 @@ def test_compiled_steps_of_several_tasks(make_clip, tokenizer, make_stream, monk
     assert compiled_for == 2 * [("image_features", mode), ("text_features", mode)]
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"accumulate": 2}], ids=str)
+def test_clipping_bounds_the_norm_of_all_gradients(clip, tokenizer, make_stream, options):
+    """Also behind a loss that is scaled, or whose gradient comes in parts; short gradients are left alone."""
+    norms = {}
+    for largest in (0.0, 1e-3, 1e3):
+        method = LoRAConfig(rank=2, iterations=4, batch_size=10, clip_norm=largest)
+        trainer, ctx, source = begun(clip, tokenizer, make_stream, method, **options)
+        with training_step(trainer.method, ctx, trainer.config) as step:
+            step(0, source.batch(0))
+        gradients = [p.grad for p in fastlora.adapter_parameters(clip) if p.grad is not None]
+        norms[largest] = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        fastlora.remove(clip)
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[0.0] > 2e-3
+    assert norms[1e3] == pytest.approx(norms[0.0], rel=1e-4)
+
+
+def test_clipping_keeps_dead_ranks(clip, tokenizer, make_stream):
+    """The norm is over all gradients, also of ranks that have died."""
+    method = CoDyRAConfig(rank=4, iterations=6, batch_size=10, lr=1e-2, kappa_max=0.9, clip_norm=1.0)
+    trainer, ctx, _ = begun(clip, tokenizer, make_stream, method)
+    for _, adapter in fastlora.adapters(clip):
+        adapter.gate.data[0] = 0.0
+    trainer.method.drop_dead(ctx)
+    assert {adapter.gate.numel() for _, adapter in fastlora.adapters(clip)} == {4}
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

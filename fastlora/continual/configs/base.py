@@ -59,6 +59,7 @@ class TrainedConfig(MethodConfig):
         lr: learning rate at the first step of a task; falls to 0 along a cosine over the task.
         where: which tower trains: vision, text or all.
         merge_scale: what was learned is merged times this, in (0, 1]; less forgets less and learns less.
+        clip_norm: gradients of a step are scaled down to this norm, over all of them; 0 to leave them as they are.
     """
 
     iterations: int = 500
@@ -66,6 +67,7 @@ class TrainedConfig(MethodConfig):
     lr: float = 5e-4
     where: str = "all"
     merge_scale: float = 1.0
+    clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
         check_count("iterations", self.iterations, "Give the optimizer steps per task, 500 in the paper.")
@@ -73,6 +75,7 @@ class TrainedConfig(MethodConfig):
         check_number("lr", self.lr, "> 0", lambda v: v > 0.0, "Give a step size such as 5e-4.")
         check_one_of("where", self.where, ("all", "vision", "text"))
         check_number("merge_scale", self.merge_scale, "in (0, 1]", lambda v: 0.0 < v <= 1.0, "Give 1 to merge it all.")
+        check_number("clip_norm", self.clip_norm, ">= 0", lambda v: v >= 0.0, "Give 0 for no clipping, or such as 1.")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class TaskContext:
         device: of the model.
         base: parameters of the model before the first task by name, on the CPU; not to be written to.
         distillation: the loss of config.distillation; None where that is 0.
-        fixed_shapes: adapters must keep their shapes during the task: what was compiled is for these.
+        fixed_shapes: adapters keep their shapes during the task, whatever dies; see RunConfig.fixes_shapes.
     """
 
     model: nn.Module
