@@ -22,6 +22,7 @@ from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
 from fastlora.continual.graphed_step import GraphedStep, check_capture
 from fastlora.continual.loggers import Loggers
+from fastlora.continual.memory import out_of_memory
 from fastlora.continual.methods import TaskContext, build_method
 from fastlora.continual.methods.distillation import Distillation, check_reference, distils
 from fastlora.continual.precision import DTYPES, check_dtype
@@ -30,7 +31,7 @@ from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_keeper import RunKeeper
 from fastlora.continual.step import training_step
 from fastlora.continual.stream import Task, TaskStream
-from fastlora.continual.training_data import TrainingData, open_data
+from fastlora.continual.training_data import Batch, TrainingData, open_data
 
 if TYPE_CHECKING:
     from fastlora.continual.dry_run import Plan
@@ -198,7 +199,7 @@ class Trainer:
                 kappa = self.method.kappa(iteration)
                 if kappa is not None:
                     optimizer.kappa = kappa
-                losses.append(step(iteration, source.batch(iteration)))
+                losses.append(self._step(step, iteration, source.batch(iteration), ctx))
                 self._steps += 1
                 if iteration % self.config.log_every == 0 or iteration == iterations - 1:
                     self._log(ctx, losses)
@@ -209,6 +210,13 @@ class Trainer:
             rank = getattr(config, "rank", 0)
             rows = [RankEntry(number, row.name, rank, row.active_rank, row.delta_norm) for row in ranks.rows]
             self.record.ranks.extend(rows)
+
+    def _step(self, step: Any, iteration: int, batch: Batch, ctx: TaskContext) -> Tensor:
+        try:
+            return step(iteration, batch)
+        except torch.OutOfMemoryError as error:
+            reason = error.with_traceback(None)  # the frames of the step hold what it computed
+        raise RuntimeError(out_of_memory(self, ctx, batch.images)) from reason
 
     def _context(self, number: int, task: Task, data: Dataset) -> TaskContext:
         earlier = self.stream.tasks[: number - 1]
