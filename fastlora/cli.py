@@ -296,8 +296,26 @@ def tune(argv: Sequence[str]) -> None:
 
 
 def doctor(argv: Sequence[str]) -> None:
-    """say what is installed, how the extension was built, and which backends run"""
-    _parser("doctor", doctor).parse_args(argv)
+    """say what is installed, how the extension was built, and which backends run; [--estimate MODEL] what a step takes"""
+    parser = _parser("doctor", doctor)
+    parser.add_argument(
+        "--estimate", metavar="MODEL", help="memory and time of a training step of an architecture of open_clip"
+    )
+    counts = {"rank": 16, "images": 64, "classes": 100, "prompt-tokens": 16, "accumulate": 1}
+    for name, default in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"of the estimate (default: {default})")
+    parser.add_argument("--dtype", default="float32", help="of the estimate: float32, bfloat16 or float16")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="of the estimate")
+    options = vars(parser.parse_args(argv))
+    model = options.pop("estimate")
+    if model is not None:
+        with _needs("doctor --estimate", "open_clip"):
+            from fastlora.continual import estimate
+        wanted = estimate.Wanted(model, **options)
+        found = estimate.estimate(wanted)
+        rate = estimate.rate_here(found.product, estimate.DTYPES[wanted.dtype])
+        print(estimate.text(wanted, found, rate))
+        return
     from fastlora.doctor import examine
 
     print("\n".join(f"{name:<16}{text}" for name, text in examine()))

@@ -37,7 +37,7 @@ def load_clip(model: str, pretrained: str) -> Clip:
         UsageError: no such architecture, or neither a tag nor a file. RuntimeError: the weights cannot be had or read;
             the message says which file to put where.
     """
-    name = _registered(model)
+    name = registered(model)
     tags = open_clip.list_pretrained_tags_by_model(name)
     is_file = Path(pretrained).is_file()
     if pretrained not in tags and not is_file:
@@ -56,7 +56,7 @@ def load_clip(model: str, pretrained: str) -> Clip:
     return Clip(built.eval(), open_clip.get_tokenizer(name), Transforms.of(train, test))
 
 
-def _registered(model: str) -> str:
+def registered(model: str) -> str:
     """open_clip's name of an architecture; a JSON file is made known to it under the file's stem."""
     if not model.endswith(".json"):
         known = open_clip.list_models()

@@ -89,24 +89,29 @@ def consumers(weights: int, needs: Needs | None) -> dict[str, int]:
     return {what: size for what, size in found.items() if size}
 
 
-def saved_bytes(model: Any, images: Tensor, tokens: Tensor, checkpointing: bool = False) -> int:
+def saved_bytes(
+    model: Any, images: Tensor, tokens: Tensor, checkpointing: bool = False, fake: FakeTensorMode | None = None
+) -> int:
     """What autograd keeps for the backward pass of one step, parameters not counted; computed on fake tensors.
 
     Args:
         images: [B, 3, H, W]. tokens: [C, L]. Their values play no part.
         checkpointing: the blocks of the towers keep their inputs alone, and backward has one block whole at a time.
+        fake: the mode that model, images and tokens are fake tensors of; None where they are real.
     """
     training = model.training
     model.train()
     try:
-        kept, inputs = _kept_by_block(model, images, tokens)
+        kept, inputs = _kept_by_block(model, images, tokens, fake)
     finally:
         model.train(training)
     outside, inside = kept.pop(None, 0), kept.values()
     return outside + (sum(inputs.values()) + max(inside, default=0) if checkpointing else sum(inside))
 
 
-def _kept_by_block(model: Any, images: Tensor, tokens: Tensor) -> tuple[dict[int | None, int], dict[int, int]]:
+def _kept_by_block(
+    model: Any, images: Tensor, tokens: Tensor, fake: FakeTensorMode | None
+) -> tuple[dict[int | None, int], dict[int, int]]:
     """(bytes kept within each block of a tower, None for what is outside of them; bytes of each block's input).
 
     A storage counts once, where it is kept first.
@@ -115,9 +120,11 @@ def _kept_by_block(model: Any, images: Tensor, tokens: Tensor) -> tuple[dict[int
     kept: dict[int | None, int] = {}
     inputs: dict[int, int] = {}
     place: list[int | None] = [None]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _entering_blocks(model, place, inputs):
+    with fake or FakeTensorMode(allow_non_fake_inputs=True) as mode, _entering_blocks(model, place, inputs):
         weights = [*model.parameters(), *model.buffers()]
-        weights += [mode.from_tensor(weight) for weight in weights]  # what a view of a weight is made of
+        if fake is None:
+            weights += [mode.from_tensor(weight) for weight in weights]  # what a view of a weight is made of
+            images, tokens = mode.from_tensor(images), mode.from_tensor(tokens)
         own = {weight.untyped_storage()._cdata for weight in weights}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -127,11 +134,10 @@ def _kept_by_block(model: Any, images: Tensor, tokens: Tensor) -> tuple[dict[int
                 kept[place[-1]] = kept.get(place[-1], 0) + storage.nbytes()
             return tensor
 
-        pixels, texts = (mode.from_tensor(part) for part in (images, tokens))
         labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             scale = model.logit_scale.detach().exp()
-            contrastive_loss(image_features(model, pixels), text_features(model, texts), labels, scale)
+            contrastive_loss(image_features(model, images), text_features(model, tokens), labels, scale)
     return kept, inputs
 
 
