@@ -111,6 +111,7 @@ def ours(run: Context, plain: nn.Module, s: Sizes, batch: Batch, *, autocast: bo
     if not autocast:
         model = model.to(run.dtype)
     fastlora.inject(model, rank=s.rank)
+    start([(adapter.lora_a, adapter.lora_b, adapter.gate) for _, adapter in fastlora.adapters(model)])
     optimizer = ProxAdamW(model, lr=LR, betas=BETAS)
     optimizer.kappa = KAPPA
     for group in optimizer.param_groups if run.device.type == "cuda" else ():
@@ -119,6 +120,16 @@ def ours(run: Context, plain: nn.Module, s: Sizes, batch: Batch, *, autocast: bo
     tokens = batch.tokens[:, : int(batch.tokens.argmax(-1).max()) + 1]
     encode_text = _text_encoder(model)
     return _training_step(run, model, images, lambda: encode_text(tokens), batch.labels, optimizer, None, autocast)
+
+
+@torch.no_grad()
+def start(adapters: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Equal adapters for both: (lora_a [R, K], lora_b [N, R], gate [R] or [1, R]), vision first, block by block."""
+    generator = torch.Generator().manual_seed(0)
+    for lora_a, lora_b, gate in adapters:
+        for tensor, scale in ((lora_a, lora_a.shape[1] ** -0.5), (lora_b, 0.01), (gate, 1.0)):
+            drawn = torch.randn(tensor.numel(), generator=generator).mul_(scale)
+            tensor.copy_(drawn.view_as(tensor))
 
 
 def _text_encoder(model: Any) -> Callable[[Tensor], Tensor]:
@@ -132,6 +143,7 @@ def _text_encoder(model: Any) -> Callable[[Tensor], Tensor]:
 def released(run: Context, plain: nn.Module, s: Sizes, batch: Batch, *, autocast: bool) -> Callable[[], Tensor]:
     model: Any = copy.deepcopy(plain).to(run.device)
     layers = adapt_as_released(model, s.rank)
+    start([(layer.lora_A, layer.lora_B, layer.gate) for layer in layers])
     parameters = [p for layer in layers for p in (layer.lora_A, layer.lora_B, layer.gate)]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, weight_decay=0.0)
 
