@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import estimate_error
 import method_times
 import scaling
 from method_runs import markdown
@@ -64,6 +65,15 @@ def methods() -> str:
     return method_times.table(found) if found else MISSING
 
 
+def estimates() -> str:
+    found = read("estimate_error.json")
+    if not found:
+        return MISSING
+    return f"{where(found['facts'])} Operations over the rate of one product, which runs at its best; float32.\n\n" + (
+        estimate_error.table(found)
+    )
+
+
 def gpu() -> str:
     found = read("gpu_suite.json")
     if not found:
@@ -78,6 +88,7 @@ def page() -> str:
         ("Goals on a CPU", goals()),
         ("Curves", curves()),
         ("A task of the embedded benchmark, by method", methods()),
+        ("What `fastlora doctor --estimate` says, and what is", estimates()),
         ("On a GPU", gpu()),
     )
     return "\n\n".join([HEAD.strip(), *(f"## {title}\n\n{text}" for title, text in parts)]) + "\n"

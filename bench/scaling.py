@@ -78,9 +78,12 @@ def model_step(rival: str, **sizes: int) -> tuple[Callable[[], Any], int]:
     return call, kept_bytes(call)
 
 
+REAL = (Tensor, torch.nn.Parameter)  # not fake ones, which have no memory
+
+
 def kept_bytes(call: Callable[[], Any]) -> int:
     """What autograd keeps of a call, each storage once; what was there before it, as parameters are, does not count."""
-    own = {each.untyped_storage().data_ptr() for each in gc.get_objects() if issubclass(type(each), Tensor)}
+    own = {each.untyped_storage().data_ptr() for each in gc.get_objects() if type(each) in REAL}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import estimate_error
 import facts
 import performance
 import pytest
@@ -32,6 +33,17 @@ def test_curves_run_small(tmp_path, monkeypatch, capsys):
     assert tasks["points"][0]["sd_lora"]["bytes"] < tasks["points"][1]["sd_lora"]["bytes"]
 
 
+def test_estimates_are_compared_with_what_is(tmp_path, monkeypatch, capsys):
+    """Memory to the byte but for what is beside the towers; time within the order of a busy machine's."""
+    out = tmp_path / "estimate_error.json"
+    monkeypatch.setattr(sys, "argv", ["estimate_error.py", "--small", "--out", str(out)])
+    estimate_error.main()
+    (row,) = json.loads(out.read_text())["steps"]
+    assert row["estimated"]["kept"] == pytest.approx(row["measured"]["kept"], rel=0.01)
+    assert 0.02 < row["estimated"]["seconds"] / row["measured"]["seconds"] < 3
+    assert "| ViT-S-32-alt, 1 images, 2 classes |" in capsys.readouterr().out
+
+
 def test_slopes_are_those_of_the_line_through_the_points():
     fitted = scaling.slope(curve((1, 2, 4), (0.003, 0.005, 0.009)), "ours", "seconds")
     assert fitted == pytest.approx((0.002, 1.0))
@@ -54,4 +66,4 @@ def test_goals_of_several_runs_share_a_file(tmp_path, monkeypatch):
 
 def test_what_is_missing_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(performance, "RESULTS", tmp_path)
-    assert performance.page().count("Not measured yet.") == 4
+    assert performance.page().count("Not measured yet.") == 5
