@@ -11,6 +11,7 @@ autograd keeps between forward and backward, parameters aside. A slope is the le
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -78,12 +79,19 @@ def model_step(rival: str, **sizes: int) -> tuple[Callable[[], Any], int]:
     return call, kept_bytes(call)
 
 
-REAL = (Tensor, torch.nn.Parameter)  # not fake ones, which have no memory
+def addresses() -> set[int]:
+    """Of the memory of every tensor that there is; sparse and transformed ones have none of their own."""
+    found = set()
+    for each in gc.get_objects():
+        if type(each) in (Tensor, torch.nn.Parameter):
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                found.add(each.untyped_storage().data_ptr())
+    return found
 
 
 def kept_bytes(call: Callable[[], Any]) -> int:
     """What autograd keeps of a call, each storage once; what was there before it, as parameters are, does not count."""
-    own = {each.untyped_storage().data_ptr() for each in gc.get_objects() if type(each) in REAL}
+    own = addresses()
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
