@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import frontier
 import methods
+import numpy as np
 import pytest
+import selection
 from method_grid import ADAPTER_LRS, GRID
 
 pytest.importorskip("open_clip")
@@ -14,6 +17,11 @@ from fastlora.continual.methods.codyra import CoDyRA  # noqa: E402
 ROOT = Path(methods.__file__).parent.parent
 RESULT = json.loads((ROOT / "bench/results/methods.json").read_text())
 ROWS = {row["label"]: row for row in RESULT["rows"]}
+FRONTIER = json.loads((ROOT / "bench/results/frontier.json").read_text())
+RULES = {rule["label"].removesuffix(" x alpha"): rule for rule in FRONTIER["rules"]}
+RECOMMENDED = "InfLoRA r=8, held by reference images"
+RIVALS = ("CoDyRA", "CoDyRA, gates without gradient", "LoRA r=8", "decay of B", "uniform shrink")
+SELECTION = json.loads((ROOT / "bench/results/selection.json").read_text())
 
 
 def mean(label, figure, space="own"):
@@ -29,6 +37,12 @@ def test_the_pages_show_what_was_measured():
     page, readme = ((ROOT / name).read_text() for name in ("docs/methods.md", "README.md"))
     assert methods.table(RESULT, "own") in page and methods.table(RESULT, "union") in page
     assert methods.sweep_table(RESULT) in page and methods.readme_table(RESULT) in readme
+
+
+def test_the_page_shows_the_curves_and_what_data_chooses():
+    page = (ROOT / "docs/methods.md").read_text()
+    assert frontier.table(FRONTIER) in page and frontier.points_table(FRONTIER) in page
+    assert selection.table(SELECTION) in page
 
 
 def test_every_row_is_one_of_the_grid_with_three_seeds():
@@ -83,3 +97,32 @@ def test_codyra_keeps_the_ranks_that_its_null_model_predicts():
     expected = null["expected_rank"]
     error = (expected * (1 - expected / 16) / (3 * 6 * 42)) ** 0.5
     assert abs(mean("CoDyRA, gates without gradient", "mean_rank") - expected) < 3 * error
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_the_recommended_rule_lies_above_the_others(rival):
+    """Where both learn as much, it forgets less and keeps more of the held-out set: means of five seeds, ranks of 8."""
+    assert len(FRONTIER["seeds"]) >= 5
+    shared = 0
+    for learned in np.arange(40.0, 70.0):
+        pairs = [
+            [frontier.at_learning(RULES[label], learned, figure) for label in (RECOMMENDED, rival)]
+            for figure in ("forgetting", "held_out")
+        ]
+        if None in (pairs[0][0], pairs[0][1]):
+            continue
+        (ours, theirs), (ours_held_out, theirs_held_out) = (np.mean(pair, axis=1) for pair in pairs)
+        assert ours < theirs and ours_held_out > theirs_held_out, learned
+        shared += 1
+    assert shared >= 3
+    for label in (RECOMMENDED, rival):
+        assert all(point["own"]["mean_rank"]["mean"] < 8.5 for point in RULES[label]["points"])
+
+
+def test_data_does_not_choose_what_codyra_keeps():
+    """Other data and other tasks leave the same gates alive; other gates share no more than chance."""
+    (codyra,) = (each for each in SELECTION["methods"] if each["label"] == "CoDyRA")
+    found = {each["name"]: (np.mean(each["jaccard"]), np.mean(each["chance"])) for each in codyra["comparisons"]}
+    same = [overlap for name, (overlap, _) in found.items() if name.startswith("same gates")]
+    assert min(same) > 0.9
+    assert all(abs(o - c) < 0.05 for name, (o, c) in found.items() if name.startswith("other gates"))
