@@ -75,7 +75,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="the fastest counts (default: 2)")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--docs", type=Path, help="page whose table is replaced")
     parser.add_argument("--show", type=Path, help="print the table of this JSON and measure nothing")
