@@ -127,7 +127,7 @@ def test_c1_ratio_to_peft(ratio, goal, cpu_shape):
 
 @pytest.mark.parametrize("rival", ["linear", "as released"])
 def test_c1_of_the_limit_and_of_the_formula_as_written(ratio, goal, cpu_shape, rival):
-    goal(f"   the same for {rival}, {cpu_shape}", _to_peft(ratio, rival, cpu_shape))
+    goal(f"   C1 of {rival}, {cpu_shape}", _to_peft(ratio, rival, cpu_shape))
 
 
 def _to_peft(ratio, rival: str, shape: Shape) -> float:
@@ -160,4 +160,4 @@ def test_c2_saved_bytes(goal, rival, cpu_shape):
         assert share == 1 + cpu_shape.r / cpu_shape.k
         goal(f"C2 saved bytes / bytes of x, {cpu_shape}", share, C2_TARGET)
     else:
-        goal(f"   the same for {rival}, {cpu_shape}", share)
+        goal(f"   C2 of {rival}, {cpu_shape}", share)

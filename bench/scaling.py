@@ -124,6 +124,7 @@ CURVES = (
 )  # fmt: skip
 
 
+FLAT = ("rank", "tasks")  # curves that hardly rise
 TASKS, TASK_METHODS = (1, 10, 20, 30, 40, 50), ("codyra", "sd_lora")
 
 
@@ -240,6 +241,20 @@ def table(curve: dict[str, Any]) -> str:
     return markdown(lines)
 
 
+def _scale(axes: Any, values: list[int], flat: bool) -> None:
+    """Plain numbers on both axes; a flat curve on axes that are not logarithmic, from 0 on."""
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+    if flat:
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set(xscale="log", yscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(values, [f"{value:,}" for value in values])
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """A row for each curve: time on the left, memory on the right."""
     import matplotlib
@@ -256,8 +271,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     x = [point["value"] for point in curve["points"]]
                     y = [point[rival][what] * factor for point in curve["points"]]
                     axes.plot(x, y, marker="osD^"[i % 4], ms=4, lw=1.3, color=COLOURS[i], label=rival)
-                axes.set(xscale="log", xlabel=curve["unit"], ylabel="ms" if what == "seconds" else "kept, MiB")
-                axes.set_yscale("log" if curve["name"] != "tasks" else "linear")
+                axes.set(xlabel=curve["unit"], ylabel="ms" if what == "seconds" else "kept, MiB")
+                _scale(axes, x, flat=curve["name"] in FLAT)
                 axes.grid(True)
             left.set_title(curve["what"], loc="left")
             left.legend()
