@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpu import whole
+from rivals.optimizers import OPTIMIZERS
 
 from fastlora.build import extension
 from fastlora.optim import ProxAdamW
@@ -47,9 +48,9 @@ def elements(place) -> int:
     return sum(r * (n + k + 1) for n, k in whole.modules(place.small))
 
 
-@pytest.mark.parametrize("rival", whole.OPTIMIZERS)
+@pytest.mark.parametrize("rival", OPTIMIZERS)
 def test_step(benchmark, facts, limits, place, rival):
-    step = whole.make_step(place, whole.OPTIMIZERS[rival], False)
+    step = whole.make_step(place, OPTIMIZERS[rival], False)
     count = elements(place)
     benchmark.group = f"optimizer step, {count} parameters"
     benchmark.extra_info.update(facts, dtype="float32", shape=f"{count} parameters", bytes=BYTES * count)
@@ -66,8 +67,8 @@ def test_c4(ratio, goal, place, threads, rival, target, count):
     if extension() is None:
         pytest.skip("the extension was not built, so that the step is torch's")
     threads(count)
-    ours = whole.make_step(place, whole.OPTIMIZERS["ProxAdamW"], False)
-    theirs = whole.make_step(place, whole.OPTIMIZERS[rival], False)
+    ours = whole.make_step(place, OPTIMIZERS["ProxAdamW"], False)
+    theirs = whole.make_step(place, OPTIMIZERS[rival], False)
     clock = time.process_time if count == 1 else time.perf_counter
     name = f"{'C4' if target else '  '} optimizer + prox / {rival}, threads: {count}"
     goal(name, ratio(ours, theirs, clock), target)

@@ -11,6 +11,7 @@ eagerly and replayed as a CUDA graph. For ratios on a GPU see gpu_suite.py, whos
 
 from __future__ import annotations
 
+import cost
 import pytest
 import rivals
 import torch
@@ -136,19 +137,7 @@ def _to_peft(ratio, rival: str, shape: Shape) -> float:
 
 def saved_bytes(case: Case) -> int:
     """Bytes that a forward keeps for its backward, parameters aside; memory that is shared counts once."""
-    own = {t.untyped_storage().data_ptr() for t in (case.operands.weight, case.operands.bias, *case.leaves)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = case.forward()
-        del outputs
-    return sum(kept.values())
+    return cost.kept_bytes(case.forward, besides=(case.operands.weight, case.operands.bias, *case.leaves))
 
 
 @pytest.mark.parametrize("rival", ["ours module", "peft", "as released"])

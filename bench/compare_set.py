@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import cost
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SECONDS = 1.0  # that each call is repeated for
 UPDATE = 1e-6  # of a merge: a thousand of them leave every weight finite
@@ -32,7 +30,8 @@ def layer(small: bool, outputs: int) -> Callable[[], Any]:
 
 def optimizer(small: bool) -> Callable[[], Any]:
     """ProxAdamW over every adapter of ViT-B/16."""
-    from gpu.whole import OPTIMIZERS, make_step
+    from gpu.whole import make_step
+    from rivals.optimizers import OPTIMIZERS
 
     return make_step(SimpleNamespace(small=small, device=torch.device("cpu")), OPTIMIZERS["ProxAdamW"], False)
 
@@ -50,15 +49,15 @@ def merge(small: bool, dtype: torch.dtype) -> Callable[[], Any]:
 
 def training_step(small: bool) -> Callable[[], Any]:
     """A whole step of the demo's model, 64 images."""
-    from gpu import step
-    from gpu.clip import make_model
+    from rivals import steps
+    from rivals.clip import make_model
 
     model, sizes, _ = make_model(True)
     if not small:
         sizes = sizes._replace(rank=16, images=64, classes=12)
-    place = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     model.requires_grad_(False)
-    return step.ours(place, model, sizes, step.make_batch(place, sizes), autocast=False)
+    place = steps.OnCpu()
+    return steps.ours(place, model, sizes, steps.make_batch(place, sizes))
 
 
 CALLS: dict[str, Callable[[bool], Callable[[], Any]]] = {
@@ -71,39 +70,6 @@ CALLS: dict[str, Callable[[bool], Callable[[], Any]]] = {
 }
 
 
-class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        return func(*args, **(kwargs or {}))
-
-
-def counts(call: Callable[[], Any]) -> dict[str, int]:
-    """Operations of torch in a call, and the bytes that its graph saves for backward, parameters included."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Counter() as counter:
-        call()
-    return {"operations": counter.operations, "saved bytes": sum(saved.values())}
-
-
-def fastest(call: Callable[[], Any], seconds: float) -> float:
-    """Process time of the fastest of the calls that go into `seconds`, three at least."""
-    taken, start = [], time.perf_counter()
-    while len(taken) < 3 or time.perf_counter() - start < seconds:
-        before = time.process_time()
-        call()
-        taken.append(time.process_time() - before)
-    return min(taken)
-
-
 def measure(small: bool) -> dict[str, Any]:
     import fastlora
 
@@ -113,8 +79,9 @@ def measure(small: bool) -> dict[str, Any]:
         torch.manual_seed(0)
         call = make(small)
         call()
-        found["counts"] |= {f"{name}: {what}": number for what, number in counts(call).items()}
-        found["seconds"][name] = fastest(call, 0.0 if small else SECONDS)
+        found["counts"][f"{name}: operations"] = cost.operations(call)
+        found["counts"][f"{name}: bytes kept"] = cost.kept_bytes(call)
+        found["seconds"] |= cost.fastest({name: call}, 0.0 if small else SECONDS)
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import cost
 import facts as measured_on
 import pytest
 import torch
@@ -68,19 +69,10 @@ def ratio(small) -> Callable[..., float]:
         ours: Callable[[], object], rival: Callable[[], object], clock: Callable[[], float] = time.process_time
     ) -> float:
         blocks, rounds = (1, 2) if small else (7, 8)
-        return median(_block(ours, rival, rounds, clock) for _ in range(blocks))
+        found = (cost.fastest({"ours": ours, "rival": rival}, 0.0, rounds, clock) for _ in range(blocks))
+        return median(best["ours"] / best["rival"] for best in found)
 
     return measure
-
-
-def _block(ours: Callable[[], object], rival: Callable[[], object], rounds: int, clock: Callable[[], float]) -> float:
-    best = {ours: float("inf"), rival: float("inf")}
-    for _ in range(rounds):
-        for call in (ours, rival):
-            start = clock()
-            call()
-            best[call] = min(best[call], clock() - start)
-    return best[ours] / best[rival]
 
 
 @pytest.fixture

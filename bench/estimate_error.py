@@ -6,15 +6,14 @@ python bench/estimate_error.py --out bench/results/estimate_error.json          
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
+import cost
 import facts
 import open_clip
 import torch
 from method_runs import markdown, write_json
-from scaling import kept_bytes
 
 import fastlora
 from fastlora.continual import estimate
@@ -46,12 +45,7 @@ def measure(wanted: estimate.Wanted, seconds: float) -> dict[str, float]:
         contrastive_loss(*features, labels, model.logit_scale.detach().exp()).backward()
         optimizer.step()
 
-    best, start = float("inf"), time.perf_counter()
-    while best == float("inf") or time.perf_counter() - start < seconds:
-        before = time.process_time()
-        step()
-        best = min(best, time.process_time() - before)
-    return {"seconds": best, "kept": kept_bytes(step)}
+    return {"seconds": cost.fastest({"step": step}, seconds, rounds=1)["step"], "kept": cost.kept_bytes(step)}
 
 
 def compare(wanted: estimate.Wanted, seconds: float) -> dict[str, Any]:

@@ -62,7 +62,11 @@ def curves() -> str:
 
 def methods() -> str:
     found = read("method_times.json")
-    return method_times.table(found) if found else MISSING
+    if not found:
+        return MISSING
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "open_clip_torch"))
+    rounds = "One round" if found["rounds"] == 1 else f"The fastest of {found['rounds']} rounds"
+    return f"{rounds} on one thread of a CPU, {versions}.\n\n{method_times.table(found)}"
 
 
 def estimates() -> str:

@@ -1,6 +1,6 @@
 """Curves instead of points: time and memory of a step against rank, tokens, classes, modules and tasks, ours and rivals.
 
-    python bench/scaling.py run --out bench/results/scaling.json            CPU, quiet, ten minutes
+    python bench/scaling.py run --out bench/results/scaling.json            CPU, quiet, twenty minutes
     python bench/scaling.py run --out FILE --only rank tokens               some curves
     python bench/scaling.py show --out bench/results/scaling.json --plot docs/scaling.png
 
@@ -11,31 +11,27 @@ autograd keeps between forward and backward, parameters aside. A slope is the le
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import gc
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import cost
 import facts
 import numpy as np
 import rivals
 import torch
 from bench_rank_lora import saved_bytes
 from bench_rank_lora import step as layer_step
-from gpu import clip, step
 from method_runs import markdown, write_json
+from rivals import clip, steps
 from shapes import Shape
-from torch import Tensor
 
 SECONDS = 4.0  # that the rivals of a point take turns for
-LAYER_RIVALS = ("ours module", "peft", "as released", "linear")
-STEP_RIVALS = ("ours", "as released")
+LAYER_RIVALS = ("ours module", "peft", "as released", "unsloth style", "compiled", "linear")
+STEP_RIVALS = tuple(steps.STEPS)
 # a text tower like that of the released code, which encodes 77 positions whatever the prompts are
 MODEL = clip.Sizes(32, 8, 128, 128, 4, (2, 2), 64, 512, 77, 16, 16, 10)
 
@@ -48,7 +44,7 @@ class Curve:
         name, unit: of what varies. what: is measured, in words.
         values: from small to large; the first ones for a small run, too.
         rivals: who takes turns.
-        make: (rival, value) -> (call, bytes kept by a call, None where they are not counted).
+        make: (rival, value, small) -> (call, bytes kept by a call).
     """
 
     name: str
@@ -56,70 +52,44 @@ class Curve:
     what: str
     values: tuple[int, ...]
     rivals: tuple[str, ...]
-    make: Callable[[str, int], tuple[Callable[[], Any], int | None]]
+    make: Callable[[str, int, bool], tuple[Callable[[], Any], int]]
 
 
-def layer(rival: str, shape: Shape) -> tuple[Callable[[], Any], int]:
+def layer(rival: str, shape: Shape, small: bool) -> tuple[Callable[[], Any], int]:
     """Forward and backward of one layer; checked against float64."""
     operands = rivals.make_operands(shape, torch.float32, "cpu")
-    case = rivals.build(rival, operands)
+    case = rivals.build(rival, operands, small=small)
     if case.checked:
         rivals.Check(operands).worst(case)
     return layer_step(case), saved_bytes(case)
 
 
-def model_step(rival: str, **sizes: int) -> tuple[Callable[[], Any], int]:
+def model_step(rival: str, small: bool, **sizes: int) -> tuple[Callable[[], Any], int]:
     """A whole training step of a small CLIP of torch layers."""
     s = MODEL._replace(**sizes)
     torch.manual_seed(0)
     plain = clip.StandIn(s).requires_grad_(False)
-    place = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    make = {"ours": step.ours, "as released": step.released}[rival]
-    call = make(place, copy.deepcopy(plain), s, step.make_batch(place, s), autocast=False)
-    return call, kept_bytes(call)
-
-
-def addresses() -> set[int]:
-    """Of the memory of every tensor that there is; sparse and transformed ones have none of their own."""
-    found = set()
-    for each in gc.get_objects():
-        if type(each) in (Tensor, torch.nn.Parameter):
-            with contextlib.suppress(NotImplementedError, RuntimeError):
-                found.add(each.untyped_storage().data_ptr())
-    return found
-
-
-def kept_bytes(call: Callable[[], Any]) -> int:
-    """What autograd keeps of a call, each storage once; what was there before it, as parameters are, does not count."""
-    own = addresses()
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(kept.values())
+    place = steps.OnCpu()
+    call = steps.build(rival, place, plain, s, steps.make_batch(place, s), small=small)
+    return call, cost.kept_bytes(call)
 
 
 CURVES = (
     Curve(
         "rank", "rank", "forward and backward of a layer 768 -> 3072, 788 tokens", (1, 4, 16, 64, 128, 256),
-        LAYER_RIVALS, lambda rival, rank: layer(rival, Shape("rank", 788, 768, 3072, rank)),
+        LAYER_RIVALS, lambda rival, rank, small: layer(rival, Shape("rank", 788, 768, 3072, rank), small),
     ),
     Curve(
         "tokens", "tokens", "forward and backward of a layer 768 -> 768, rank 16", (16, 64, 256, 1024, 4096),
-        LAYER_RIVALS, lambda rival, rows: layer(rival, Shape("tokens", rows, 768, 768, 16)),
+        LAYER_RIVALS, lambda rival, rows, small: layer(rival, Shape("tokens", rows, 768, 768, 16), small),
     ),
     Curve(
         "classes", "classes", "training step of a small CLIP, 16 images, 48 adapters", (10, 30, 100, 300, 1000),
-        STEP_RIVALS, lambda rival, classes: model_step(rival, classes=classes),
+        STEP_RIVALS, lambda rival, classes, small: model_step(rival, small, classes=classes),
     ),
     Curve(
         "modules", "adapted matrices", "training step of a small CLIP, 16 images, 10 classes", (12, 24, 48, 96, 192),
-        STEP_RIVALS, lambda rival, modules: model_step(rival, layers=modules // 12),
+        STEP_RIVALS, lambda rival, modules, small: model_step(rival, small, layers=modules // 12),
     ),
 )  # fmt: skip
 
@@ -132,23 +102,11 @@ def measure(curve: Curve, small: bool) -> list[dict[str, Any]]:
     """Per value: rival -> seconds, bytes."""
     found = []
     for value in curve.values[: 2 if small else None]:
-        made = {rival: curve.make(rival, value) for rival in curve.rivals}
-        best = fastest({rival: call for rival, (call, _) in made.items()}, 0.0 if small else SECONDS)
+        made = {rival: curve.make(rival, value, small) for rival in curve.rivals}
+        best = cost.fastest({rival: call for rival, (call, _) in made.items()}, 0.0 if small else SECONDS)
         found.append({"value": value} | {rival: {"seconds": best[rival], "bytes": made[rival][1]} for rival in made})
         tell(curve.name, value, best)
     return found
-
-
-def fastest(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Process time of the fastest call of each, in turn until `seconds` have passed, three times at least."""
-    best, rounds, start = dict.fromkeys(calls, float("inf")), 0, time.perf_counter()
-    while rounds < 3 or time.perf_counter() - start < seconds:
-        for name, call in calls.items():
-            before = time.process_time()
-            call()
-            best[name] = min(best[name], time.process_time() - before)
-        rounds += 1
-    return best
 
 
 def tell(name: str, value: int, best: dict[str, float]) -> None:
@@ -270,7 +228,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 for i, rival in enumerate(curve["rivals"]):
                     x = [point["value"] for point in curve["points"]]
                     y = [point[rival][what] * factor for point in curve["points"]]
-                    axes.plot(x, y, marker="osD^"[i % 4], ms=4, lw=1.3, color=COLOURS[i], label=rival)
+                    axes.plot(x, y, marker="osD^vP"[i], ms=4, lw=1.3, color=COLOURS[i], label=rival)
                 axes.set(xlabel=curve["unit"], ylabel="ms" if what == "seconds" else "kept, MiB")
                 _scale(axes, x, flat=curve["name"] in FLAT)
                 axes.grid(True)

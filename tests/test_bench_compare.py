@@ -25,7 +25,7 @@ def test_the_working_tree_with_itself(tmp_path):
     found = json.loads(out.read_text())
     assert found["base"] == found["head"] == "working tree"
     assert all(ratio > 0 for ratios in found["ratios"].values() for ratio in ratios)
-    assert found["counts"]["layer 768 -> 768, forward + backward: saved bytes"][0] > 0
+    assert found["counts"]["layer 768 -> 768, forward + backward: bytes kept"][0] > 0
 
 
 def test_rounds_alternate_and_ratios_are_head_over_base(monkeypatch):

@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rivals.optimizers import OPTIMIZERS, UNCAPTURABLE, fused_and_foreach, ours
 from shapes import module_shapes
 from torch import Tensor
 
 from fastlora import ops, reference
-from fastlora.optim import ProxAdamW
 from gpu import timing
 from gpu.context import Context, told
 
-KAPPA, LR, BETAS = 1e-4, 5e-4, (0.9, 0.9999)
 Adapters = list[tuple[Tensor, Tensor, Tensor]]
 
 
@@ -163,59 +162,10 @@ def make_step(run: Any, make: Callable[..., Callable[[], None]], capturable: boo
     return make(directions, [gate for _, _, gate in parameters], capturable and run.device.type == "cuda")
 
 
-def _ours(directions: list[Tensor], gates: list[Tensor], capturable: bool) -> Callable[[], None]:
-    step = ProxAdamW([{"params": directions}, {"params": gates, "prox": True}], lr=LR, betas=BETAS)
-    step.kappa = KAPPA
-    return step.step
-
-
-def _fused_and_foreach(directions: list[Tensor], gates: list[Tensor], capturable: bool) -> Callable[[], None]:
-    options = {"lr": LR, "betas": BETAS, "weight_decay": 0.0, "capturable": capturable}
-    adamw = torch.optim.AdamW(directions + gates, fused=True, **options)
-
-    @torch.no_grad()
-    def step() -> None:
-        adamw.step()
-        magnitudes = torch._foreach_abs(gates)
-        torch._foreach_sub_(magnitudes, KAPPA)
-        torch._foreach_clamp_min_(magnitudes, 0.0)
-        signs = torch._foreach_sign(gates)
-        torch._foreach_mul_(signs, magnitudes)
-        torch._foreach_copy_(gates, signs)
-
-    return step
-
-
-def _as_released(directions: list[Tensor], gates: list[Tensor], capturable: bool) -> Callable[[], None]:
-    adamw = torch.optim.AdamW(directions + gates, lr=LR, betas=BETAS, weight_decay=0.0, capturable=capturable)
-
-    def step() -> None:
-        adamw.step()
-        for gate in gates:
-            released_prox(gate, KAPPA)
-
-    return step
-
-
-def released_prox(gate: Tensor, kappa: float) -> None:
-    """The published proximal step; every boolean mask waits for the device."""
-    gate.data[gate.data > kappa] -= kappa
-    gate.data[gate.data < -kappa] += kappa
-    gate.data[gate.data.abs() < kappa] = 0.0
-
-
-UNCAPTURABLE = {"as released": "its boolean masks wait for the device"}
-OPTIMIZERS: dict[str, Callable[..., Callable[[], None]]] = {
-    "ProxAdamW": _ours,
-    "fused AdamW + foreach prox": _fused_and_foreach,
-    "as released": _as_released,
-}
-
-
 def check_optimizers(run: Any) -> None:
     """Three steps of ours leave what three steps of torch's AdamW and the exact operator leave."""
     found = []
-    for make in (_ours, _fused_and_foreach):
+    for make in (ours, fused_and_foreach):
         kept: list[Tensor] = []
 
         def keeping(directions: list[Tensor], gates: list[Tensor], capturable: bool, make=make, kept=kept):
@@ -226,5 +176,5 @@ def check_optimizers(run: Any) -> None:
         for _ in range(3):
             step()
         found.append([t.detach().clone() for t in kept])
-    for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastlora import reference
 
+Adapter = tuple[Tensor, Tensor, Tensor]  # lora_a [R, K], lora_b [N, R], gate [R]
+
 
 class Absent(Exception):
     """A rival that cannot run here; str() says why."""
@@ -24,7 +26,7 @@ class Operands:
     shape: Shape
     weight: Tensor
     bias: Tensor
-    adapters: list[tuple[Tensor, Tensor, Tensor]]
+    adapters: list[Adapter]
     xs: list[Tensor]
     dys: list[Tensor]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rivals.case import Case, Operands
+from rivals.case import Adapter, Case, Operands
 
 
 @functools.cache
@@ -29,32 +29,39 @@ def installed() -> tuple[Any, str]:
 def build(operands: Operands, cast: bool) -> Case:
     """cast: adapters in float32, as PEFT makes them unless told otherwise."""
     dtype = torch.float32 if cast else operands.dtype
-    peft, absent = installed()
-    make = _written if peft is None else _installed
-    layers = [make(operands, part, dtype) for part in range(operands.shape.parts)]
-    leaves = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    layers = [layer(*_part(operands, part), dtype) for part in range(operands.shape.parts)]
+    leaves = [p for each in layers for p in each.parameters() if p.requires_grad]
     name = "peft" if cast else "peft no-cast"
-    note = f"peft {peft.__version__}" if peft else f"{absent}: its computation, written out"
-    return Case(name, operands, lambda x: tuple(layer(x) for layer in layers), leaves, note=note)
+    return Case(name, operands, lambda x: tuple(each(x) for each in layers), leaves, note=note())
 
 
-def _folded(operands: Operands, part: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lora_a, lora_b, gate = operands.adapters[part]
+def note() -> str:
+    peft, absent = installed()
+    return f"peft {peft.__version__}" if peft else f"{absent}: its computation, written out"
+
+
+def layer(weight: Tensor, bias: Tensor, adapter: Adapter, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """PEFT's layer over this frozen one; the adapter is copied."""
+    lora_a, lora_b, gate = adapter
+    make = _Written if installed()[0] is None else _installed
+    return make(weight, bias, lora_a, lora_b * gate, dtype)
+
+
+def _part(operands: Operands, part: int) -> tuple[Tensor, Tensor, Adapter]:
     rows = operands.rows(part)
-    return operands.weight[rows], operands.bias[rows], lora_a, lora_b * gate
+    return operands.weight[rows], operands.bias[rows], operands.adapters[part]
 
 
-def _installed(operands: Operands, part: int, dtype: torch.dtype) -> nn.Module:
-    weight, bias, lora_a, lora_b = _folded(operands, part)
+def _installed(weight: Tensor, bias: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> nn.Module:
     (peft, _), r = installed(), lora_a.shape[0]
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device=operands.device, dtype=operands.dtype)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=["0"])
     model = peft.get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=dtype == torch.float32)
-    layer = model.base_model.model[0]
-    layer.base_layer.weight.data, layer.base_layer.bias.data = weight, bias  # one weight for all rivals
-    for half, value in ((layer.lora_A["default"], lora_a), (layer.lora_B["default"], lora_b)):
-        half.weight.data = value.to(device=operands.device, dtype=dtype, copy=True)
-    return layer
+    found = model.base_model.model[0]
+    found.base_layer.weight.data, found.base_layer.bias.data = weight, bias  # one weight for all rivals
+    for half, value in ((found.lora_A["default"], lora_a), (found.lora_B["default"], lora_b)):
+        half.weight.data = value.to(device=weight.device, dtype=dtype, copy=True)
+    return found
 
 
 class _Written(nn.Module):
@@ -70,7 +77,3 @@ class _Written(nn.Module):
         result = F.linear(x, self.base_weight, self.base_bias)
         update = F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b) * self.scaling
         return (result + update).to(result.dtype)
-
-
-def _written(operands: Operands, part: int, dtype: torch.dtype) -> nn.Module:
-    return _Written(*_folded(operands, part), dtype)

@@ -36,9 +36,14 @@ class _Layer(torch.autograd.Function):
         return dx, None, None, *gradients
 
 
+def apply(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
+    """x [M, K]; adapters: lora_a, lora_b of each part."""
+    return _Layer.apply(x, weight, bias, *adapters)
+
+
 def build(operands: Operands) -> Case:
     leaves = []
     for lora_a, lora_b, gate in operands.adapters:
         leaves += [lora_a.clone().requires_grad_(), (lora_b * gate).to(operands.dtype).requires_grad_()]
     weight, bias = operands.weight, operands.bias
-    return Case("unsloth style", operands, lambda x: _Layer.apply(x, weight, bias, *leaves), leaves)
+    return Case("unsloth style", operands, lambda x: apply(x, weight, bias, *leaves), leaves)

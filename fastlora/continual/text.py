@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ def cut_context(model: Any, tokens: Tensor) -> Tensor:
     return tokens[:, : int(_end_of_text(tower, tokens).max()) + 1]
 
 
-def encode_text(model: Any, tokens: Tensor, *, normalize: bool = False) -> Tensor:
+def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """`model.encode_text` that also takes tokens from `cut_context`.
 
     Args:
@@ -62,7 +61,7 @@ def encode_text(model: Any, tokens: Tensor, *, normalize: bool = False) -> Tenso
     """
     tower = _tower(model)
     if tower is None or why_uncut(model) is not None:
-        return model.encode_text(tokens, normalize=normalize)
+        return model.encode_text(tokens)
     text, length = tower.module, tokens.shape[1]
     if length > len(text.positional_embedding):
         raise ValueError(
@@ -76,10 +75,8 @@ def encode_text(model: Any, tokens: Tensor, *, normalize: bool = False) -> Tenso
     x = text.ln_final(x[torch.arange(len(x), device=x.device), _end_of_text(tower, tokens)])  # [n, width]
     projection = text.text_projection
     if isinstance(projection, nn.Linear):
-        x = projection(x)
-    elif projection is not None:
-        x = x @ projection
-    return F.normalize(x, dim=-1) if normalize else x
+        return projection(x)
+    return x if projection is None else x @ projection
 
 
 def _tower(model: Any) -> _Tower | None:

@@ -1,15 +1,13 @@
-"""CLIP for the training step: open_clip's where it is installed, else a stand-in; and the released code's layers in it."""
+"""CLIP for the training step: open_clip's where it is installed, else a stand-in of torch layers."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from rivals.eager_released import update
 from torch import Tensor, nn
 
 import fastlora
@@ -116,49 +114,3 @@ def make_model(small: bool) -> tuple[nn.Module, Sizes, str]:
     import open_clip
 
     return open_clip.create_model("ViT-B-16"), sizes, "open_clip ViT-B-16, random weights"
-
-
-class ReleasedLinear(nn.Module):
-    """Frozen weight, float32 adapter, gate [1, R]; the formula as published."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, rank: int) -> None:
-        super().__init__()
-        self.weight, self.bias = weight.detach(), bias.detach()
-        options = {"device": weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.randn(rank, weight.shape[1], **options) * weight.shape[1] ** -0.5)
-        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], rank, **options))
-        self.gate = nn.Parameter(torch.randn(1, rank, **options))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return update(x, self.weight, self.bias, self.lora_A, self.lora_B, self.gate)
-
-
-class ReleasedAttention(nn.Module):
-    """q, k and v as three layers, then torch's own attention, which is generous to the rival."""
-
-    def __init__(self, plain: Any, rank: int) -> None:
-        super().__init__()
-        self.heads, self.returns_weights = plain.num_heads, isinstance(plain, nn.MultiheadAttention)
-        parts = zip(plain.in_proj_weight.chunk(3), plain.in_proj_bias.chunk(3))
-        self.q, self.k, self.v = (ReleasedLinear(weight, bias, rank) for weight, bias in parts)
-        self.out = ReleasedLinear(plain.out_proj.weight, plain.out_proj.bias, rank)
-
-    def forward(self, q_x: Tensor, k_x: Any = None, v_x: Any = None, need_weights: bool = False, attn_mask: Any = None):
-        batch, length, width = q_x.shape
-        q, k, v = (
-            project(q_x).view(batch, length, self.heads, -1).transpose(1, 2) for project in (self.q, self.k, self.v)
-        )
-        mask = None if attn_mask is None else attn_mask.to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(batch, length, width)
-        out = self.out(mixed)
-        return (out, None) if self.returns_weights else out
-
-
-def adapt_as_released(model: Any, rank: int) -> list[ReleasedLinear]:
-    """In place: all six matrices of every block in both towers."""
-    for block in [*model.visual.transformer.resblocks, *model.transformer.resblocks]:
-        block.attn = ReleasedAttention(block.attn, rank)
-        for name in ("c_fc", "c_proj"):
-            plain = getattr(block.mlp, name)
-            setattr(block.mlp, name, ReleasedLinear(plain.weight, plain.bias, rank))
-    return [module for module in model.modules() if isinstance(module, ReleasedLinear)]
