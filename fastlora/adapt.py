@@ -14,6 +14,7 @@ from fastlora.checks import check_finite_gate
 from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention, is_attention, refuse_unsupported
 from fastlora.modules.linear import FusedRankLoRALinear
+from fastlora.modules.quantized import QuantizedRankLoRALinear, format_of, put_requantized, requantized
 from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
 
 Where = str | Callable[[str, nn.Module], bool] | Sequence[str]
@@ -99,7 +100,8 @@ def inject(
 
     In an open_clip model `where` names the tower, and `targets` the matrices of every block: q, k, v and out of the
     attention, fc1 and fc2 of the feed-forward part. In any other module, `where` is a predicate or a list of globs over
-    module names; it selects nn.Linear layers and whole attentions (of which `targets` picks the parts).
+    module names; it selects nn.Linear layers and whole attentions (of which `targets` picks the parts). A linear layer
+    that bitsandbytes or torchao quantised becomes a `QuantizedRankLoRALinear` over it.
 
     Args:
         model: changed in place; its weights keep their storage.
@@ -129,6 +131,8 @@ def inject(
     for name, module in selected.items():
         if is_attention(module):
             adapted = adapt_attention(module, parts, rank, **layer_kwargs)
+        elif format_of(module) is not None:
+            adapted = QuantizedRankLoRALinear(module, rank, **layer_kwargs)
         else:
             adapted = FusedRankLoRALinear.from_linear(module, rank, **layer_kwargs)
         model.set_submodule(name, adapted)
@@ -205,7 +209,7 @@ def _check_selection(model: nn.Module, selected: dict[str, nn.Module], parts: tu
                 "them alone. Leave it out with where=..., or give each place a module of its own."
             )
         parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, RankAdapter) or isinstance(parent, _PackedAttention):
+        if isinstance(module, RankAdapter) or isinstance(parent, (_PackedAttention, QuantizedRankLoRALinear)):
             raise ValueError(f"{name} is adapted already; call fastlora.remove(model) first, or leave it out.")
         if is_attention(module):
             refuse_unsupported(module)
@@ -216,7 +220,7 @@ def _check_selection(model: nn.Module, selected: dict[str, nn.Module], parts: tu
                 f"{name} belongs to {type(parent).__name__}, which reads its weight without calling it: an adapter there "
                 f"would never train. Select the attention itself ({name.rpartition('.')[0]!r}) with targets=['out']."
             )
-        elif type(module).forward is not nn.Linear.forward:
+        elif type(module).forward is not nn.Linear.forward and format_of(module) is None:
             raise TypeError(
                 f"{name} is a {type(module).__name__} with a forward of its own; a plain nn.Linear is accepted."
             )
@@ -243,18 +247,30 @@ def prune(model: nn.Module) -> dict[str, int]:
     return {name: adapter.prune_() for name, adapter in found.items()}
 
 
-def merge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, **merge_kwargs: Any) -> MergeReport:
+def merge(
+    model: nn.Module, *, residuals: dict[str, Tensor] | None = None, requantize: Any = False, **merge_kwargs: Any
+) -> MergeReport:
     """Merge every adapter into its weight, all in one call of `fastlora.ops.merge_`, then start fresh adapters.
 
     Args:
         residuals: name -> what rounding has dropped from that adapter's weight so far. An adapter without an entry gets
             one of zeros in the weight's dtype, so start with {} and pass the same dict at every merge; for one byte an
             element put `fastlora.ops.new_residuals(weights, int8=True)` there first.
+        requantize: for adapters over quantised weights, see `QuantizedRankLoRALinear.merge_`.
         merge_kwargs: passed to `fastlora.ops.merge_` (rounding, seed, check).
     Raises:
-        MergeError: some adapter is not finite, or a sum overflows; no weight and no adapter has changed.
+        MergeError: some adapter is not finite, a sum overflows, or a weight is quantised and `requantize` was not given;
+            no weight and no adapter has changed.
     """
-    return _merge_all(merge_, model, residuals, merge_kwargs)
+    found = _adapters_or_raise(model)
+    quantized = {name: layer for name, layer in found.items() if isinstance(layer, QuantizedRankLoRALinear)}
+    made = requantized(quantized, requantize)
+    plain = {name: layer for name, layer in found.items() if name not in quantized}
+    if not quantized:
+        return _merge_all(merge_, plain, residuals, merge_kwargs)
+    merged = _merge_all(merge_, plain, residuals, merge_kwargs) if plain else None
+    rows = (*(merged or ()), *put_requantized(quantized, made))
+    return MergeReport(lambda: rows, f"{merged.backend}+requantize" if merged else "requantize")
 
 
 def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, check: bool = True) -> MergeReport:
@@ -265,15 +281,24 @@ def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, che
 
     Args:
         residuals: as `merge` filled them; with them the weights come back bit for bit (see `fastlora.ops.unmerge_`).
-    Raises: as `merge`.
+    Raises: as `merge`; ValueError where a weight is quantised, since it would not come back.
     """
-    return _merge_all(unmerge_, model, residuals, {"check": check})
+    found = _adapters_or_raise(model)
+    quantized = [name for name, layer in found.items() if isinstance(layer, QuantizedRankLoRALinear)]
+    if quantized:
+        raise ValueError(
+            f"{quantized[0]} stores its weight quantised, so what was merged into it cannot be taken out again. Load the "
+            "weights from before the merge."
+        )
+    return _merge_all(unmerge_, found, residuals, {"check": check})
 
 
 def _merge_all(
-    run: Callable[..., MergeReport], model: nn.Module, residuals: dict[str, Tensor] | None, options: dict[str, Any]
+    run: Callable[..., MergeReport],
+    found: dict[str, RankAdapter],
+    residuals: dict[str, Tensor] | None,
+    options: dict[str, Any],
 ) -> MergeReport:
-    found = _adapters_or_raise(model)
     for name, adapter in found.items():
         check_finite_gate(adapter.gate, f"{name}.gate")
     layers = list(found.values())
@@ -304,17 +329,22 @@ def remove(model: nn.Module) -> nn.Module:
     Returns:
         The model; when `model` itself is an adapted layer, the plain layer.
     """
-    if isinstance(model, FusedRankLoRALinear):
-        return model.to_linear()
-    if isinstance(model, _PackedAttention):
-        return model.to_plain()
-    hosts = [(name, m) for name, m in model.named_modules() if isinstance(m, (FusedRankLoRALinear, _PackedAttention))]
-    for name, module in hosts:
+    if isinstance(model, _HOSTS):
+        return _plain(model)
+    for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, _HOSTS)]:
         # an adapted out_proj goes with its attention
         if not isinstance(model.get_submodule(name.rpartition(".")[0]), _PackedAttention):
-            plain = module.to_plain() if isinstance(module, _PackedAttention) else module.to_linear()
-            model.set_submodule(name, plain)
+            model.set_submodule(name, _plain(module))
     return model
+
+
+_HOSTS = (FusedRankLoRALinear, QuantizedRankLoRALinear, _PackedAttention)
+
+
+def _plain(host: Any) -> nn.Module:
+    if isinstance(host, QuantizedRankLoRALinear):
+        return host.base
+    return host.to_plain() if isinstance(host, _PackedAttention) else host.to_linear()
 
 
 def rank_report(model: nn.Module) -> RankReport:

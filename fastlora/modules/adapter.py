@@ -94,11 +94,11 @@ class RankAdapter(nn.Module):
 
     def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output; the threshold is a tensor under torch.compile, so that a new kappa recompiles nothing."""
-        kappa = self.call_kappa()
         if self.drops_out():
-            return self._with_dropout(x, weight, bias, kappa)
+            # on the input of lora_a alone, so that base and update have different inputs and nothing is fused
+            return nn.functional.linear(x, weight, bias) + self._update(x)
         return rank_lora_linear(
-            x, weight, bias, self.lora_a, self.lora_b, self.gate, kappa, self.scaling,
+            x, weight, bias, self.lora_a, self.lora_b, self.gate, self.call_kappa(), self.scaling,
             backend=self.backend, recompute=self.recompute,
         )  # fmt: skip
 
@@ -112,13 +112,12 @@ class RankAdapter(nn.Module):
         """Whether dropout acts on this call."""
         return self.training and self.dropout > 0
 
-    def _with_dropout(self, x: Tensor, weight: Tensor, bias: Tensor | None, kappa: float | Tensor) -> Tensor:
-        """Dropout acts on the input of lora_a alone, so base and update have different inputs and nothing is fused."""
-        dropped = nn.functional.dropout(x, self.dropout)
+    def _update(self, x: Tensor) -> Tensor:
+        """The update alone, [..., N], dropout included."""
+        dropped = nn.functional.dropout(x, self.dropout) if self.drops_out() else x
         s = nn.functional.linear(dropped, self.lora_a.to(x.dtype))
-        g = self.scaling * reference.soft_threshold(self.gate, kappa)
-        update = nn.functional.linear((s * g).to(s.dtype), self.lora_b.to(x.dtype))
-        return nn.functional.linear(x, weight, bias) + update
+        g = self.scaling * reference.soft_threshold(self.gate, self.call_kappa())
+        return nn.functional.linear((s * g).to(s.dtype), self.lora_b.to(x.dtype))
 
     def effective_gate(self) -> Tensor:
         """soft_threshold(gate, kappa), [R], float32, detached."""
