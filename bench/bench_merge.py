@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+import cost
 import pytest
 import torch
 from merge_model import make_set, ours, torch_loops
@@ -55,24 +56,15 @@ def test_merge(benchmark, facts, small, call, dtype):
     benchmark.pedantic(run, rounds=1 if small else 3, warmup_rounds=0)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_c3_to_the_best_loop(goal, small, dtype, threads):
+def test_c3_to_the_best_loop(goal, small, threads, dtype, count):
     """Wall time, since threads share the work; each call the best of three, in turn."""
+    threads(count)
     fresh = given(small, dtype)
-    calls = calls_of(fresh)
-    best = dict.fromkeys(calls, float("inf"))
-    torch.set_num_threads(threads)
-    try:
-        for _ in range(1 if small else 3):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                best[name] = min(best[name], time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(1)
-    loop = min(torch_loops(fresh), key=best.__getitem__)
+    best = cost.fastest(calls_of(fresh), 0.0, 1 if small else 3, time.perf_counter)
+    loop = min(best[name] for name in torch_loops(fresh))
     for name in ours(fresh):
         target = C3_TARGETS.get(dtype) if name == "merge_" else None
-        told = f"{best[name] * 1e3:.0f} ms / {best[loop] * 1e3:.0f} ms"
-        goal(f"C3 {name} / {loop}, {dtype}, {threads} thread, {told}", best[name] / best[loop], target)
+        label = "C3" if target else "  "
+        goal(f"{label} {name} / best loop of PyTorch, {dtype}, threads: {count}", best[name] / loop, target)

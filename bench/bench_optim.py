@@ -36,13 +36,6 @@ def place(request):
     return found
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def elements(place) -> int:
     r = 4 if place.small else 16
     return sum(r * (n + k + 1) for n, k in whole.modules(place.small))

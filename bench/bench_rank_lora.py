@@ -11,6 +11,8 @@ eagerly and replayed as a CUDA graph. For ratios on a GPU see gpu_suite.py, whos
 
 from __future__ import annotations
 
+import time
+
 import cost
 import pytest
 import rivals
@@ -121,9 +123,12 @@ def cpu_case(rival: str, shape: Shape) -> Case:
     return case
 
 
-def test_c1_ratio_to_peft(ratio, goal, cpu_shape):
-    measured = _to_peft(ratio, "ours module", cpu_shape)
-    goal(f"C1 fwd+bwd / PEFT, {cpu_shape}", measured, C1_TARGETS.get(cpu_shape.name, 0.93))
+@pytest.mark.parametrize("count", [1, 2])
+def test_c1_ratio_to_peft(ratio, goal, threads, cpu_shape, count):
+    threads(count)
+    clock = time.process_time if count == 1 else time.perf_counter
+    measured = _to_peft(ratio, "ours module", cpu_shape, clock)
+    goal(f"C1 fwd+bwd / PEFT, {cpu_shape}, threads: {count}", measured, C1_TARGETS.get(cpu_shape.name, 0.93))
 
 
 @pytest.mark.parametrize("rival", ["linear", "as released"])
@@ -131,8 +136,8 @@ def test_c1_of_the_limit_and_of_the_formula_as_written(ratio, goal, cpu_shape, r
     goal(f"   C1 of {rival}, {cpu_shape}", _to_peft(ratio, rival, cpu_shape))
 
 
-def _to_peft(ratio, rival: str, shape: Shape) -> float:
-    return ratio(step(cpu_case(rival, shape)), step(cpu_case("peft", shape)))
+def _to_peft(ratio, rival: str, shape: Shape, clock=time.process_time) -> float:
+    return ratio(step(cpu_case(rival, shape)), step(cpu_case("peft", shape)), clock)
 
 
 def saved_bytes(case: Case) -> int:

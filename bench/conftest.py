@@ -59,6 +59,14 @@ def small(request) -> bool:
 
 
 @pytest.fixture
+def threads():
+    """threads(count): for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def ratio(small) -> Callable[..., float]:
     """ratio(ours, rival): time of ours over rival's, in turn; the median over blocks of the ratio of minima.
 
