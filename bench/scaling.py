@@ -199,6 +199,12 @@ def table(curve: dict[str, Any]) -> str:
     return markdown(lines)
 
 
+# one colour and marker a rival in every row; the two methods of the last row have no rival beside them
+_PLACES = {"ours": 0, "ours module": 0, "as released": 1, "compiled": 2, "compiled, short texts": 2, "peft": 3}
+_PLACES |= {"peft, short texts": 4, "unsloth style": 5, "unsloth style, short texts": 5, "linear": 7}
+_PLACES |= {"codyra": 0, "sd_lora": 1}
+
+
 def _scale(axes: Any, values: list[int], flat: bool) -> None:
     """Plain numbers on both axes; a flat curve on axes that are not logarithmic, from 0 on."""
     from matplotlib.ticker import FormatStrFormatter, NullFormatter
@@ -221,19 +227,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from fastlora.continual.drawing import COLOURS, STYLE, save
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 2.6 * len(result["curves"])), layout="constrained")
+        figure = Figure(figsize=(12.0, 2.6 * len(result["curves"])), layout="constrained")
         rows = figure.subplots(len(result["curves"]), 2, squeeze=False)
         for (left, right), curve in zip(rows, result["curves"]):
             for axes, what, factor in ((left, "seconds", 1e3), (right, "bytes", 2**-20)):
-                for i, rival in enumerate(curve["rivals"]):
+                for rival in curve["rivals"]:
+                    place = _PLACES[rival]
                     x = [point["value"] for point in curve["points"]]
                     y = [point[rival][what] * factor for point in curve["points"]]
-                    axes.plot(x, y, marker="osD^vP"[i], ms=4, lw=1.3, color=COLOURS[i], label=rival)
+                    axes.plot(x, y, marker="osD^vPX*"[place], ms=4, lw=1.3, color=COLOURS[place], label=rival)
                 axes.set(xlabel=curve["unit"], ylabel="ms" if what == "seconds" else "kept, MiB")
                 _scale(axes, x, flat=curve["name"] in FLAT)
                 axes.grid(True)
             left.set_title(curve["what"], loc="left")
-            left.legend()
+            right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         save(figure, path)
 
 
