@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fastlora
 from fastlora.build import build_info
@@ -139,6 +140,10 @@ def test_wheel_holds_every_source_and_nothing_else(names):
         f"fastlora/_C{SUFFIX}",
     }
     assert {name for name in names if ".dist-info/" not in name} == sources | data | built
+
+
+def test_the_citation_names_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == fastlora.__version__
 
 
 @needs_tools
