@@ -43,15 +43,14 @@ def write_directory(path: str | os.PathLike[str], files: Mapping[str, bytes]) ->
         OSError: the parent is missing, read-only or full; nothing was written.
     """
     target = Path(os.path.realpath(path))
-    check_new_directory(target)
+    _check_new(target)
     try:
         _fill_beside_and_rename(target, files)
     except OSError as error:
         raise _not_written(target, error) from error
 
 
-def check_new_directory(path: Path) -> None:
-    """Raises FileExistsError unless `path` is absent or an empty directory."""
+def _check_new(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(
             f"{path} exists already, and is not overwritten. Give a new or an empty directory, or remove it first."

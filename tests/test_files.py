@@ -57,7 +57,7 @@ def test_what_is_there_already_is_kept(tmp_path, monkeypatch):
         with pytest.raises(FileExistsError, match=f"{name} exists already, and is not overwritten. Give a new"):
             write_directory(tmp_path / name, FILES)
     # another writer, after the look
-    monkeypatch.setattr("fastlora.files.check_new_directory", lambda path: None)
+    monkeypatch.setattr("fastlora.files._check_new", lambda path: None)
     with pytest.raises(OSError, match="full was not written"):
         write_directory(tmp_path / "full", FILES)
     assert read(tmp_path / "full") == {"mine": b"mine"} and sorted(os.listdir(tmp_path)) == ["file", "full"]

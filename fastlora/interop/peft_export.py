@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from fastlora.adapt import adapters
 from fastlora.adapter_file import some
 from fastlora.checks import check_finite_gate
-from fastlora.files import check_new_directory, write_directory
+from fastlora.files import write_directory
 from fastlora.interop.peft_config import CONFIG_NAME, LORA, WEIGHTS_NAME
 from fastlora.interop.updates import QKV
 from fastlora.modules.adapter import RankAdapter
@@ -44,7 +43,6 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             a model that is itself an adapted layer.
         FileExistsError: something is at `directory` already. OSError: it cannot be written. Nothing was written.
     """
-    check_new_directory(Path(os.path.realpath(directory)))
     found = dict(adapters(model))
     if not found:
         raise ValueError(
@@ -113,7 +111,11 @@ def _refuse(model: nn.Module, active: Mapping[str, Factors]) -> None:
 
 
 def _packed(parts: Mapping[str, Factors]) -> dict[str, Factors]:
-    """One update of in_proj_weight for the q, k and v of each attention."""
+    """One update of in_proj_weight for the q, k and v of each attention.
+
+    By target_parameters: PEFT's adapter of a whole nn.MultiheadAttention adds to the weights at each call and subtracts
+    again, after which they have other bits, and it brings an update of out_proj along.
+    """
     owners = dict.fromkeys(name.rpartition(".")[0] for name in parts)
     return {owner: _stacked([parts.get(f"{owner}.{part}") for part in QKV]) for owner in owners}
 
