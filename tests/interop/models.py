@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import warnings
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import nn
 
@@ -135,3 +137,33 @@ def unchanged(model, before):
         and values.keys() == before[1].keys()
         and all(torch.equal(values[name], before[1][name]) for name in values)
     )
+
+
+def saved(case, directory, config, train=None):
+    """An adapter by PEFT with every tensor drawn, on disk."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(case.copy(), config)
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "out_proj" not in name:
+                parameter.data.normal_(0, 0.3, generator=generator)
+        if train is not None:
+            train(model)
+        model.save_pretrained(directory)
+    return directory
+
+
+def refused(load, model, path, message, error=ValueError, **kwargs):
+    """The call raises, and everything in the model is as it was."""
+    before = content(model)
+    with pytest.raises(error, match=message):
+        load(model, path, **kwargs)
+    assert unchanged(model, before)
+
+
+def rewrite(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from interop.models import Case, adapted, clip, content, error, sequential, unchanged
+from interop.models import Case, adapted, clip, error, refused, sequential
 from safetensors.torch import save_file
 from torch import nn
 
@@ -120,13 +120,6 @@ def test_sora(tmp_path):
     assert len(import_sora(model, tmp_path / "pytorch_model.bin", alpha=6)) == 4
     assert error(case, model, merged) < LIMIT
     assert torch.equal(model.classifier.dense.weight, checkpoint["classifier.dense.weight"])
-
-
-def refused(load, model, path, message, error=ValueError, **kwargs):
-    before = content(model)
-    with pytest.raises(error, match=message):
-        load(model, path, **kwargs)
-    assert unchanged(model, before)
 
 
 Q = "visual.transformer.resblocks.1.attn.q_proj"
