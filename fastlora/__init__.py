@@ -23,6 +23,8 @@ _EXPORTS = {
     "adapters": "fastlora.adapt",
     "build_info": "fastlora.build",
     "explain": "fastlora.ops.explain",
+    "export_peft": "fastlora.interop",
+    "import_peft": "fastlora.interop",
     "inject": "fastlora.adapt",
     "load_adapter": "fastlora.adapter_file",
     "merge": "fastlora.adapt",
@@ -33,7 +35,7 @@ _EXPORTS = {
     "save_adapter": "fastlora.adapter_file",
     "unmerge": "fastlora.adapt",
 }
-_SUBMODULES = ("continual", "modules", "ops", "optim", "reference", "tune")
+_SUBMODULES = ("continual", "interop", "modules", "ops", "optim", "reference", "tune")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from fastlora.adapter_file import load_adapter, save_adapter
     from fastlora.build import build_info
     from fastlora.continual.demo import open_clip_demo
+    from fastlora.interop import export_peft, import_peft
     from fastlora.journal import Journal
     from fastlora.modules.linear import FusedRankLoRALinear
     from fastlora.ops.explain import explain

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import tempfile
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -26,6 +28,33 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         _write_beside_and_rename(target, content)
     except OSError as error:
         raise _not_written(target, error) from error
+
+
+def write_directory(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Make a directory of files in one step: whoever looks sees all of them or none, also after a crash.
+
+    A process that is killed may leave a hidden directory `.NAME.*` behind, beside a whole one or none.
+
+    Args:
+        path: a new directory, or an empty one.
+        files: content by name.
+    Raises:
+        FileExistsError: something is at `path` already; it is whole.
+        OSError: the parent is missing, read-only or full; nothing was written.
+    """
+    target = Path(os.path.realpath(path))
+    _check_new(target)
+    try:
+        _fill_beside_and_rename(target, files)
+    except OSError as error:
+        raise _not_written(target, error) from error
+
+
+def _check_new(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(
+            f"{path} exists already, and is not overwritten. Give a new or an empty directory, or remove it first."
+        )
 
 
 def append_whole(file: FileIO, content: bytes) -> None:
@@ -74,6 +103,23 @@ def _write_beside_and_rename(target: Path, content: bytes) -> None:
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
+        raise
+    _keep_name(target.parent)
+
+
+def _fill_beside_and_rename(target: Path, files: Mapping[str, bytes]) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        for name, content in files.items():
+            with open(temporary / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(temporary, 0o755)  # mkdtemp makes directories that only their owner can read
+        _keep_name(temporary)
+        os.rename(temporary, target)  # over nothing or an empty directory; it fails where another writer was first
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _keep_name(target.parent)
 

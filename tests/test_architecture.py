@@ -1,4 +1,4 @@
-"""Data flows one way: kernels -> ops -> modules -> adapt -> continual -> cli. No import points back up."""
+"""Data flows one way: kernels -> ops -> modules -> adapt -> interop -> continual -> cli. No import points back up."""
 
 import ast
 import subprocess
@@ -23,6 +23,7 @@ LAYERS = (
     ("fastlora.adapt", "fastlora.optim", "fastlora.tune"),
     ("fastlora.adapter_file", "fastlora.base_weights"),
     ("fastlora.journal", "fastlora.journal_entry", "fastlora.merge_files"),
+    ("fastlora.interop",),
     ("fastlora.continual",),
     ("fastlora.doctor", "fastlora.cli"),
 )
@@ -76,6 +77,14 @@ def test_only_the_top_layers_know_open_clip_and_only_one_triton():
         if "triton" in imported:
             assert name.startswith("fastlora.triton_kernels")
         assert "triton_kernels" not in imported, "the bare name is another package; write fastlora.triton_kernels"
+
+
+def test_only_interop_knows_other_projects_names_and_none_imports_them():
+    for path in FILES:
+        name, text = module_name(path), path.read_text()
+        assert not {"peft", "transformers"} & {each.split(".")[0] for each in imports_of(path)}, name
+        if name != "fastlora" and not name.startswith("fastlora.interop"):
+            assert not any(word in text for word in ("lora_A", "lora_B", "peft")), name
 
 
 def test_kernels_know_torch_and_triton_alone():
