@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -35,7 +35,12 @@ def batches(data: Dataset, batch_size: int, seed: int, task: int) -> Iterator[tu
 
 def in_order(data: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in the order of the data set."""
-    return _ahead(data, ((indices, None) for indices in torch.arange(len(data)).split(batch_size)))
+    return in_turn(data, torch.arange(len(data)).split(batch_size))
+
+
+def in_turn(data: Dataset, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches at these indices, of images that are not trained on."""
+    return _ahead(data, ((part, None) for part in indices))
 
 
 def gather(data: Dataset, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

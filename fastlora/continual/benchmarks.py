@@ -115,6 +115,9 @@ _IMAGE_OPTIONS = {
     "data.captions": None,
     "data.workers": None,
     "data.cache_gb": 4.0,
+    "data.cache_dir": None,
+    "data.cache_dir_gb": 20.0,
+    "data.cache_crops": False,
     "data.verify": "headers",
 }
 

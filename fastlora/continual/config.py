@@ -133,7 +133,8 @@ class RunConfig:
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *("device", "backend", "accumulate", "activation_checkpointing", "compile", "cuda_graph"),
         *("eval_batch_size", "checkpoints", "log_to"),
-        *("data.root", "data.workers", "data.cache_gb", "data.verify"),
+        *("data.root", "data.workers", "data.verify"),
+        *("data.cache_gb", "data.cache_dir", "data.cache_dir_gb", "data.cache_crops"),
     )
 
     @property

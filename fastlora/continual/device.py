@@ -1,8 +1,9 @@
-"""The device that a run is asked to train on."""
+"""The device that a run is asked to train on, and how tensors get there."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def find_device(name: str) -> torch.device:
@@ -20,3 +21,10 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device {name!r} was asked for but torch sees no GPU. Pass device=cpu, or auto.")
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU is made from pinned memory, so that the host does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

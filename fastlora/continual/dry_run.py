@@ -31,6 +31,7 @@ class Plan:
     Args:
         duplicate_classes: class name -> the tasks that share it: equal embeddings, which bound the union figures.
         weights: of the plain model. state_file: the commit point. checkpoints: all the weights that are kept.
+        cached_tests: of test and reference images in data.cache_dir. cached_crops: of training there, at most.
     """
 
     title: str
@@ -40,6 +41,8 @@ class Plan:
     weights: int
     state_file: int
     checkpoints: int
+    cached_tests: int
+    cached_crops: int
     needs: Needs | None
 
 
@@ -53,20 +56,34 @@ def make_plan(trainer: Trainer) -> Plan:
         needs = needs_of(trainer, ctx, source.batch(0).images)
         method.abandon(model)
         training = dict(enumerate(_training(trainer, source.sizes)))
+    tasks = tuple(
+        PlannedTask(task.name, len(task.classes), len(task.test), *training.get(index, ()))
+        for index, task in enumerate(stream.tasks)
+    )
     kept = [n for n in range(1, len(stream) + 1) if method.trains and config.keeps_checkpoint(n, len(stream))]
     return Plan(
         title=f"{method.config.name} on {stream.name}, seed {config.seed}, on {trainer.device}",
-        tasks=tuple(
-            PlannedTask(task.name, len(task.classes), len(task.test), *training.get(index, ()))
-            for index, task in enumerate(stream.tasks)
-        ),
+        tasks=tasks,
         held_out_images=0 if stream.held_out is None else len(stream.held_out.test),
         duplicate_classes=stream.duplicate_classes(),
         weights=weights,
         state_file=buffers if method.journaled else weights,
         checkpoints=weights * len(kept),
+        **_cached(trainer, sum(task.images_seen for task in tasks)),
         needs=needs,
     )
+
+
+def _cached(trainer: Trainer, seen: int) -> dict[str, int]:
+    """What data.cache_dir is given; 0 without one, and of data sets that are in memory."""
+    tested = [task.test for task in trainer.stream.tasks]
+    if trainer.stream.reference is not None and trainer.stream.reference.images is not None:
+        tested.append(trainer.stream.reference.images)
+    sizes = [getattr(images, "disk_bytes", 0) for images in tested]
+    return {
+        "cached_tests": sum(size * len(images) for size, images in zip(sizes, tested)),
+        "cached_crops": max(sizes) * seen if trainer.config.data.cache_crops else 0,
+    }
 
 
 def _training(trainer: Trainer, sizes: list[int]) -> list[tuple[int, int, int]]:
@@ -122,6 +139,8 @@ def _disk(plan: Plan) -> str:
     rows = [["commit point", _mib(plan.state_file)], ["checkpoints", _mib(plan.checkpoints)]]
     if plan.needs is not None:
         rows.insert(0, ["adapters of a task, before pruning", _mib(plan.needs.adapter_file)])
+    cached = {"test and reference images": plan.cached_tests, "training crops, at most": plan.cached_crops}
+    rows += [[f"in data.cache_dir: {what}", _mib(size)] for what, size in cached.items() if size]
     return "On disk, MiB:\n" + text_table(["", ""], rows)
 
 

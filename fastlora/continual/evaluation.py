@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.continual.batches import in_order
+from fastlora.continual.device import to_device
 from fastlora.continual.features import image_features, text_features
 from fastlora.continual.precision import computing_in
 from fastlora.continual.stream import Task, TaskStream
@@ -108,7 +109,7 @@ def _accuracies(model: nn.Module, task: Task, heads: list[tuple[Tensor, int]], b
 def _image_features(model: Any, task: Task, batch_size: int) -> tuple[Tensor, Tensor]:
     device, features, labels = _device(model), [], []
     for images, targets in in_order(task.test, batch_size):
-        features.append(image_features(model, images.to(device)))
+        features.append(image_features(model, to_device(images, device)))
         labels.append(targets)
     return _finite(torch.cat(features), f"image features of {task.name!r}"), torch.cat(labels).to(device)
 

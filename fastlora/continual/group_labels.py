@@ -12,6 +12,7 @@ from fastlora.continual.config import CONFIGS, RunConfig
 
 # how a run is carried out and what it keeps, not what it computes
 _NO_SETTINGS = ("seed", "device", "backend", "eval_batch_size", "log_every", "checkpoints", "log_to")
+_NO_SETTINGS += tuple(name for name in RunConfig.MAY_CHANGE if name.startswith("data."))
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,8 +24,8 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     name = given.pop("name")
     method = (_defaults(CONFIGS[name]) if name in CONFIGS else {}) | given
     run = _defaults(RunConfig) | {key: value for key, value in config.items() if key != "method"}
-    run = {f"run.{key}": value for key, value in run.items() if key not in (*_NO_SETTINGS, "method")}
-    return {"name": name} | _flat(method) | _flat(run)
+    run = {key: value for key, value in _flat(run).items() if key not in _NO_SETTINGS}
+    return {"name": name} | _flat(method) | {f"run.{key}": value for key, value in run.items()}
 
 
 def labels_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.continual.batches import in_order
+from fastlora.continual.device import to_device
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.text import encode_text
 from fastlora.continual.training_data import prompts
@@ -37,7 +38,7 @@ def input_moments(ctx: TaskContext, batch_size: int) -> dict[str, Tensor]:
     ctx.model.eval()
     try:
         for images, _ in in_order(ctx.train, batch_size):
-            ctx.model.encode_image(images.to(ctx.device))
+            ctx.model.encode_image(to_device(images, ctx.device))
         encode_text(ctx.model, prompts(ctx.task, ctx.model, ctx.tokenizer).to(ctx.device))
     finally:
         ctx.model.train(training)

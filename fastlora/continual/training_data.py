@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastlora.continual.batches import batches
+from fastlora.continual.device import to_device
 from fastlora.continual.stream import Task, TaskStream
 from fastlora.continual.text import cut_context
 
@@ -59,13 +60,6 @@ class TrainingData:
         source = iteration % len(self)
         images, labels = (to_device(part, self._device) for part in next(self._batches[source]))
         return Batch(images, labels, self._prompts[source], source)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a GPU is made from pinned memory, so that the host does not wait for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def prompts(task: Task, model: Any, tokenizer: Any) -> Tensor:

@@ -1,6 +1,8 @@
+import threading
+
 import torch
 
-from fastlora.continual.batches import all_labels, batches, epoch_order, gather, generator_for
+from fastlora.continual.batches import all_labels, batches, epoch_order, gather, generator_for, in_turn
 from fastlora.continual.stream import InMemoryImages
 
 
@@ -58,3 +60,27 @@ def test_any_dataset_gives_the_same_batch():
     for got, expected in zip(gather(OneByOne(data), indices), gather(data, indices)):
         assert torch.equal(got, expected) and got.dtype == expected.dtype
     assert list(all_labels(OneByOne(data))) == list(all_labels(data)) == list(range(6))
+
+
+class Loaded(OneByOne):
+    """Makes its batches itself, and tells when."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.loads, self.second = [], threading.Event()
+
+    def load(self, indices, generator=None):
+        self.loads.append(indices)
+        if len(self.loads) == 2:
+            self.second.set()
+        return self.data.images[indices], self.data.labels[indices]
+
+
+def test_the_next_batch_is_made_while_one_is_worked_on():
+    data = Loaded(numbered(10))
+    given = [torch.tensor([3, 1]), torch.tensor([9]), torch.tensor([0, 4])]
+    stream = in_turn(data, given)
+    first = next(stream)
+    assert data.second.wait(10) and len(data.loads) == 2
+    got = [first, *stream]
+    assert [labels.tolist() for _, labels in got] == data.loads == [[3, 1], [9], [0, 4]]

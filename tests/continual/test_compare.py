@@ -119,6 +119,9 @@ def test_settings_that_decide_figures():
     """How a run is carried out separates nothing; an option younger than the run has its default."""
     base = RunConfig(method=LoRAConfig()).as_dict()
     assert settings_of(base | {"seed": 3, "device": "cuda", "log_every": 1}) == settings_of(base)
+    assert settings_of(base | {"data": base["data"] | {"cache_dir": "c", "workers": 3}}) == settings_of(base)
+    younger = {key: value for key, value in base["data"].items() if not key.startswith("cache_")}
+    assert settings_of(base | {"data": younger}) == settings_of(base) != settings_of(base | {"data": {"shots": 3}})
     assert settings_of(base | {"benchmark": "other"}) != settings_of(base)
     older = base | {"method": {"name": "lora", "rank": 16}}
     assert settings_of(older) == settings_of(base)

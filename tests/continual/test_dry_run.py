@@ -4,6 +4,7 @@ import pytest
 
 import fastlora
 from fastlora.continual import CoDyRAConfig, LoRAConfig, Task, TaskStream, Trainer, ZeroShotConfig, methods
+from fastlora.continual.config import DataConfig, RunConfig
 from fastlora.continual.dry_run import make_plan, plan_text
 from fastlora.continual.stream import Reference
 
@@ -107,3 +108,29 @@ def test_one_batch_is_looked_at_and_shared_names_are_told(make_clip, tokenizer, 
     plan = Trainer(make_clip(), tokenizer, stream, LoRAConfig(rank=1, batch_size=8), progress=False).plan()
     assert images.seen == 8
     assert "Class names that tasks share: reda (red, blue)." in plan_text(plan)
+
+
+class OnDisk(Counted):
+    """Images that take 100 bytes each in data.cache_dir."""
+
+    disk_bytes = 100
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_the_cache_on_disk_is_in_the_plan(make_clip, tokenizer, make_stream, crops):
+    tasks = [dataclasses.replace(task, train=task.test) for task in make_stream().tasks]
+    first = dataclasses.replace(tasks[0], test=OnDisk(tasks[0].test))  # the others are in memory
+    reference = Reference(OnDisk(tasks[1].test), ("a photo",))
+    stream = TaskStream("one", [first, *tasks[1:]], reference=reference)
+    config = RunConfig(method=LoRAConfig(rank=1, iterations=2, batch_size=4), data=DataConfig(cache_crops=crops))
+    plan = Trainer(make_clip(), tokenizer, stream, config=config, progress=False).plan()
+    assert plan.cached_tests == 100 * (len(tasks[0].test) + len(tasks[1].test))
+    assert plan.cached_crops == (100 * 8 * len(tasks) if crops else 0)
+    assert "in data.cache_dir: test and reference images" in plan_text(plan)
+    assert ("in data.cache_dir: training crops, at most" in plan_text(plan)) == crops
+
+
+def test_without_a_cache_on_disk_none_is_planned(make_clip, tokenizer, make_stream):
+    config = RunConfig(method=LoRAConfig(rank=1), data=DataConfig(cache_crops=True))
+    plan = Trainer(make_clip(), tokenizer, make_stream(), config=config, progress=False).plan()
+    assert plan.cached_tests == plan.cached_crops == 0 and "cache" not in plan_text(plan)

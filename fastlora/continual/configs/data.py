@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora.continual.configs.base import check_count, check_number, check_one_of
+from fastlora.continual.configs.base import check_count, check_flag, check_number, check_one_of
 
 PROMPTS = ("per-dataset", "single")
 VERIFY = ("headers", "decode", "none")
@@ -29,6 +29,11 @@ class DataConfig:
             folders of reference, or of ImageNet's classes.
         workers: threads that decode images; one a core by default.
         cache_gb: memory for decoded test images, in 10^9 bytes; 0 decodes them at every evaluation.
+        cache_dir: directory that keeps decoded and resized images from run to run, for any number of runs at once: test
+            and reference images, and with cache_crops those of training. New, empty, or made by an earlier run.
+        cache_dir_gb: what it may take on disk, in 10^9 bytes; where it is full, the longest unused images go.
+        cache_crops: keep every random crop of training there too. It pays where a run of the same seed, batch size and
+            images comes again, such as another method; a first run meets every crop once.
         verify: before training, open every image (headers), read it whole (decode), or trust it (none).
     """
 
@@ -43,10 +48,13 @@ class DataConfig:
     captions: str | None = None
     workers: int | None = None
     cache_gb: float | None = None
+    cache_dir: str | None = None
+    cache_dir_gb: float | None = None
+    cache_crops: bool | None = None
     verify: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("root", "reference", "captions"):
+        for name in ("root", "reference", "captions", "cache_dir"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise ValueError(f"data.{name} is {value!r}; it must be a path.")
@@ -59,6 +67,10 @@ class DataConfig:
             check_count("data.workers", self.workers, "Give the number of threads that decode images.")
         if self.cache_gb is not None:
             check_number("data.cache_gb", self.cache_gb, ">= 0", lambda v: v >= 0, "Give gigabytes, such as 4.")
+        if self.cache_dir_gb is not None:
+            check_number("data.cache_dir_gb", self.cache_dir_gb, "> 0", lambda v: v > 0, "Give gigabytes, such as 20.")
+        if self.cache_crops is not None:
+            check_flag("data.cache_crops", self.cache_crops)
         if self.split is not None:
             check_number("data.split", self.split, "in (0, 1)", lambda v: 0 < v < 1, "Give a share, such as 0.8.")
         if self.tasks is not None:

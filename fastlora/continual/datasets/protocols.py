@@ -13,6 +13,7 @@ from fastlora.continual.configs.data import FolderTask
 from fastlora.continual.datasets import prompts
 from fastlora.continual.datasets.catalogue import SOURCES
 from fastlora.continual.datasets.coop import coop_split
+from fastlora.continual.datasets.disk_cache import DiskCache
 from fastlora.continual.datasets.folders import folder_split
 from fastlora.continual.datasets.images import Decoder, LazyImages
 from fastlora.continual.datasets.reference import reference_data
@@ -51,6 +52,8 @@ def check_options(config: RunConfig) -> None:
         raise UsageError(f"data.root is {config.data.root!r}, which is no directory. Give the one of the data sets.")
     if config.benchmark == "folders" and not config.data.tasks:
         raise UsageError("the benchmark 'folders' needs data.tasks: a list of directories below data.root, in order.")
+    if config.data.cache_crops and config.data.cache_dir is None:
+        raise UsageError("data.cache_crops is true, but there is no cache to keep crops in. Give --data.cache_dir DIR.")
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ def find_images(config: RunConfig) -> Found:
     Raises:
         DataError: something is missing, damaged or not what the benchmark is made of. Faults of all data sets are told
             at once; nothing has been trained.
+        UsageError: data.cache_dir is neither a cache nor can it become one.
     """
     data = config.data
-    decoder = Decoder(data.workers, int((data.cache_gb or 0) * 1e9))
+    disk = DiskCache(Path(data.cache_dir), int(data.cache_dir_gb * 1e9)) if data.cache_dir else None
+    decoder = Decoder(data.workers, int((data.cache_gb or 0) * 1e9), disk, bool(data.cache_crops))
     parts = [_shots(part, config) for part in _parts(config)]
     files = (
         part.split.folder / name

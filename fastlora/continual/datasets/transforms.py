@@ -8,13 +8,18 @@ the same generator.
 from __future__ import annotations
 
 import math
+import platform
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import open_clip
+import PIL
 import torch
-from PIL import Image
+import torchvision
+from PIL import Image, ImageFile, features
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop
 from torchvision.transforms import functional as F
@@ -69,9 +74,32 @@ class Transforms:
         """uint8 [3, H, W]: what a test image is before it is normalised."""
         return to_pixels(self.fit(image))
 
+    def recipe(self) -> str:
+        """All that `fitted` and `cut` depend on beside the image, its file's decoder included; equal for equal pixels."""
+        steps = (
+            [_described(step) for step in self.fit.transforms] if isinstance(self.fit, Compose) else [repr(self.fit)]
+        )
+        text = "\n".join([*steps, f"cut {self.size} {self.interpolation}", *_libraries()])
+        # what shows its address cannot be told from others that were there before: a recipe of this process alone
+        return f"{text}\n{secrets.token_hex()}" if " at 0x" in text else text
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float32, as open_clip's last two transforms do for single images, bit for bit."""
         return F.normalize(pixels.float().div_(255), self.mean, self.std, inplace=True)
+
+
+def _described(step: Any) -> str:
+    """Class and parameters; the text that some of open_clip's transforms give of themselves leaves parameters out."""
+    given = {key: value for key, value in vars(step).items() if key != "training" and not key.startswith("_")}
+    return f"{type(step).__module__}.{type(step).__qualname__} {sorted(given.items())} {step!r}"
+
+
+def _libraries() -> list[str]:
+    codecs = [
+        f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "jpg", "jpg_2000", "webp", "avif", "libtiff")
+    ]
+    packages = [f"{package.__name__} {package.__version__}" for package in (PIL, torchvision, open_clip)]
+    return [*packages, *codecs, platform.machine(), f"truncated {ImageFile.LOAD_TRUNCATED_IMAGES}"]
 
 
 def to_pixels(image: Image.Image) -> Tensor:

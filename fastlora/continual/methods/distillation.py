@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.continual.batches import gather, generator_for
+from fastlora.continual.batches import generator_for, in_turn
 from fastlora.continual.configs.base import AdapterConfig, MethodConfig
+from fastlora.continual.device import to_device
 from fastlora.continual.features import image_features, text_features
 from fastlora.continual.losses import distillation_loss
 from fastlora.continual.methods.base import TaskContext
@@ -47,6 +48,7 @@ class Distillation:
         self.reference = ReferenceData(ctx, config.references, images=config.distil_on == "reference")
         self.features = self.reference.features(self.teacher)
         self.draws = self.reference.draws(config.batch_size, ctx)
+        self.pixels = self.reference.pixels(config.batch_size, ctx)
 
     def loss(self, ctx: TaskContext) -> Tensor:
         """0-d, of the step in work."""
@@ -65,8 +67,7 @@ class Distillation:
             teacher_images = self.features["images"][images.to(ctx.device)]
             student_images = teacher_images
             if where != "text":
-                pixels = self.reference.images(images).to(ctx.device)
-                student_images = image_features(ctx.model, pixels)
+                student_images = image_features(ctx.model, next(self.pixels))
         scale = ctx.model.logit_scale.detach().exp()
         teacher, student = scale * teacher_images @ teacher_texts.t(), scale * student_images @ student_texts.t()
         return config.distillation * both_ways(teacher, student, config.temperature)
@@ -87,10 +88,6 @@ class ReferenceData:
         texts = [data.texts[i] for i in _chosen(len(data.texts), largest, ctx.seed, "texts").tolist()]
         self.tokens = cut_context(ctx.model, ctx.tokenizer(texts)).to(ctx.device)
 
-    def images(self, indices: Tensor) -> Tensor:
-        """[n, 3, H, W] of those that are used."""
-        return gather(self._data.images, self.chosen[indices])[0]
-
     @torch.no_grad()
     def features(self, model: Any) -> dict[str, Tensor]:
         """The unit features that `model` gives now, [n, D] for texts and, where they are used, images."""
@@ -98,8 +95,9 @@ class ReferenceData:
         model.eval()
         found = {"texts": torch.cat([text_features(model, part) for part in self.tokens.split(_AT_ONCE)])}
         if len(self.chosen):
-            parts = (self.images(part).to(self.device) for part in torch.arange(len(self.chosen)).split(_AT_ONCE))
-            found["images"] = torch.cat([image_features(model, part) for part in parts])
+            found["images"] = torch.cat(
+                [image_features(model, part) for part in self._on_device(self.chosen.split(_AT_ONCE))]
+            )
         model.train(training)
         return found
 
@@ -107,6 +105,14 @@ class ReferenceData:
         """Indices of batches without end, for images and texts; functions of seed and task."""
         available = {"images": len(self.chosen), "texts": len(self.tokens)}
         return {kind: endless(count, size, ctx.seed, kind, ctx.number) for kind, count in available.items() if count}
+
+    def pixels(self, size: int, ctx: TaskContext) -> Iterator[Tensor]:
+        """[size, 3, H, W] of the images that `draws` gives, batch by batch."""
+        order = endless(len(self.chosen), size, ctx.seed, "images", ctx.number)
+        return self._on_device(self.chosen[part] for part in order)
+
+    def _on_device(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (to_device(images, self.device) for images, _ in in_turn(self._data.images, order))
 
 
 def both_ways(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

@@ -12,6 +12,7 @@ import fastlora
 from fastlora.base_weights import host_of
 from fastlora.continual.batches import batches
 from fastlora.continual.configs.subspaces import PEARLConfig
+from fastlora.continual.device import to_device
 from fastlora.continual.features import image_features, text_features
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.low_rank import smallest_rank
@@ -76,8 +77,8 @@ class PEARL(LoRA):
         logit_scale = model.logit_scale.detach().exp()
         steps = zip(range(config.reference_iterations), batches(ctx.train, config.batch_size, ctx.seed, ctx.number))
         for _, (images, labels) in steps:
-            features = image_features(model, images.to(ctx.device)), text_features(model, tokens)
-            loss = contrastive_loss(*features, labels.to(ctx.device), logit_scale, ctx.seen_classes)
+            features = image_features(model, to_device(images, ctx.device)), text_features(model, tokens)
+            loss = contrastive_loss(*features, to_device(labels, ctx.device), logit_scale, ctx.seen_classes)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)

@@ -44,6 +44,7 @@ class ZSCL(FullFineTuning):
         self.mean: dict[str, Tensor] = {}
         self.averaged = 0
         self.draws: dict[str, Iterator[Tensor]] = {}
+        self.pixels: Iterator[Tensor] = iter(())
 
     def check(self, stream: TaskStream) -> None:
         check_reference(self.config, stream, images=True)
@@ -55,6 +56,7 @@ class ZSCL(FullFineTuning):
             with other_weights(ctx.model, ctx.base) as base:
                 self.features = self.reference.features(base)
         self.draws = self.reference.draws(self.config.batch_size, ctx)
+        self.pixels = self.reference.pixels(self.config.batch_size, ctx)
         self.mean, self.averaged = {name: p.detach().clone() for name, p in self.trained.items()}, 1
 
     def extra_loss(self, ctx: TaskContext) -> Tensor:
@@ -62,7 +64,7 @@ class ZSCL(FullFineTuning):
         images, texts = next(self.draws["images"]), next(self.draws["texts"])
         teacher_images = self.features["images"][images.to(ctx.device)]
         teacher_texts = self.features["texts"][texts.to(ctx.device)]
-        student_images = image_features(ctx.model, reference.images(images).to(ctx.device))
+        student_images = image_features(ctx.model, next(self.pixels))
         student_texts = teacher_texts
         if config.text_features == "student":
             student_texts = text_features(ctx.model, reference.tokens[texts.to(ctx.device)])
@@ -92,4 +94,4 @@ class ZSCL(FullFineTuning):
 
     def _forget_task(self, model: Any) -> None:
         super()._forget_task(model)
-        self.mean, self.averaged, self.draws = {}, 0, {}
+        self.mean, self.averaged, self.draws, self.pixels = {}, 0, {}, iter(())

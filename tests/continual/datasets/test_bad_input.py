@@ -9,7 +9,7 @@ import sys
 import pytest
 from continual.datasets import layouts
 
-from fastlora.continual.config import UsageError
+from fastlora.continual.config import DataConfig, UsageError
 from fastlora.continual.datasets import check_options, find_images
 from fastlora.continual.datasets.catalogue import SOURCES
 from fastlora.continual.datasets.coop import coop_split
@@ -240,3 +240,26 @@ def test_options_are_checked_first(tmp_path, config):
         check_options(config("xtail", tmp_path / "absent"))
     with pytest.raises(UsageError, match="needs data.tasks"):
         check_options(config("folders", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_dir": " "}, "data.cache_dir is ' '; it must be a path"),
+        ({"cache_dir": 3}, "data.cache_dir is 3; it must be a path"),
+        ({"cache_dir_gb": 0}, r"data.cache_dir_gb is 0; it must be a finite number > 0\. Give gigabytes"),
+        ({"cache_dir_gb": float("inf")}, "data.cache_dir_gb is inf; it must be a finite number"),
+        ({"cache_crops": "some"}, "data.cache_crops is 'some'; it must be true or false"),
+    ],
+)
+def test_options_of_the_cache_on_disk(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
+def test_a_place_for_the_cache_is_looked_at_first(tmp_path, config):
+    with pytest.raises(UsageError, match="no cache to keep crops in"):
+        check_options(config("xtail", tmp_path, cache_crops=True))
+    with pytest.raises(UsageError, match="which holds 'file' and is no cache of images"):
+        (tmp_path / "file").write_bytes(b"")
+        find_images(config("xtail", tmp_path, cache_dir=str(tmp_path)))

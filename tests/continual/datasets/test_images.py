@@ -1,15 +1,21 @@
-"""Decoding, crops and the cache, against open_clip's own transforms."""
+"""Decoding, crops and the caches, against open_clip's own transforms."""
+
+import dataclasses
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from fastlora.continual.batches import batches, gather, generator_for, in_order
+from fastlora.continual.datasets.disk_cache import DiskCache, entry_bytes
 from fastlora.continual.datasets.images import Decoder, LazyImages
 from fastlora.continual.datasets.split import Images
-from fastlora.continual.datasets.transforms import random_box
+from fastlora.continual.datasets.transforms import Transforms, random_box
 
 SIZES = ((40, 30), (16, 16), (9, 50), (200, 17), (33, 70), (16, 31))
 
@@ -145,3 +151,162 @@ def test_a_truncated_image_is_named_and_the_stream_stops(make, folder):
     (folder / "0.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="0.png cannot be decoded"):
         list(in_order(make(), 2))
+
+
+# ---- the cache on disk
+
+
+@pytest.fixture
+def cached(folder, transforms, tmp_path):
+    """cached(training, crops=True, ...): over one cache, as another run would be."""
+
+    def make(training=False, crops=True, where=folder, how=transforms, workers=2, pixels=None):
+        images = Images(tuple(f"{number}.png" for number in range(len(SIZES))), (0, 1, 2, 0, 1, 2), pixels)
+        disk = DiskCache(tmp_path / "cache", 10**8)
+        return LazyImages(where, images, how, Decoder(workers, 0, disk, crops), training=training)
+
+    return make
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Names of the entries on disk."""
+    return lambda: {path.name for path in (tmp_path / "cache").glob("??/*")}
+
+
+@pytest.fixture
+def no_decoder(monkeypatch):
+    """From here on nothing is cut or resized."""
+
+    def forbid():
+        for name in ("fitted", "cut"):
+            monkeypatch.setattr(Transforms, name, lambda *arguments: pytest.fail("an image was prepared again"))
+
+    return forbid
+
+
+def two_epochs(data, workers=1):
+    stream = batches(data, 4, seed=3, task=2)
+    return [next(stream)[0] for _ in range(4)]
+
+
+def test_tests_without_with_and_from_a_cache_on_disk(make, cached, kept, no_decoder):
+    expected = make().load(range(6))[0]
+    assert torch.equal(cached().load(range(6))[0], expected) and len(kept()) == 6
+    no_decoder()
+    assert torch.equal(cached().load(range(6))[0], expected)
+    assert torch.equal(torch.cat([images for images, _ in in_order(cached(workers=1), 4)]), expected)
+
+
+def test_crops_without_with_and_from_a_cache_on_disk(make, cached, kept, no_decoder):
+    expected = two_epochs(make(training=True))
+    for _ in range(2):
+        assert all(map(torch.equal, two_epochs(cached(training=True)), expected))
+        assert len(kept()) > 6  # more than images: each epoch has crops of its own
+        no_decoder()
+
+
+def test_crops_are_kept_where_that_is_asked_for(make, cached, kept):
+    data = cached(training=True, crops=False)
+    assert all(map(torch.equal, two_epochs(data), two_epochs(make(training=True))))
+    assert not kept() and data.disk_bytes == 0
+    assert cached().disk_bytes == cached(training=True).disk_bytes == entry_bytes(16, 16)
+
+
+def test_another_image_in_a_file_is_another_image(cached, make, folder, kept):
+    """Of the same size, with the same times."""
+    before = cached().load([0, 3])[0]
+    status = (folder / "0.png").stat()
+    content = bytearray((folder / "0.png").read_bytes())
+    Image.new("RGB", SIZES[0], (9, 99, 199)).save(folder / "0.png", compress_level=0)
+    with open(folder / "0.png", "r+b") as file:
+        file.truncate(max(len(content), file.seek(0, 2)))
+    os.utime(folder / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = cached().load([0, 3])[0]
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+    assert torch.equal(after, make().load([0, 3])[0]) and len(kept()) == 3
+
+
+def test_two_data_sets_share_an_image(cached, folder, kept, tmp_path):
+    (tmp_path / "other").mkdir()
+    for number in range(6):
+        shutil.copy(folder / "3.png", tmp_path / "other" / f"{number}.png")
+    expected = cached().load([3])[0]
+    assert len(kept()) == 1
+    assert torch.equal(cached(where=tmp_path / "other").load([2, 4])[0], expected.expand(2, -1, -1, -1))
+    assert len(kept()) == 1
+
+
+OTHERS = {
+    "size": {"image_size": 24},
+    "interpolation": {"image_size": 16, "interpolation": "bilinear"},
+    "longest": {"image_size": 16, "resize_mode": "longest"},
+    "fill": {"image_size": 16, "resize_mode": "longest", "fill_color": 200},
+    "squash": {"image_size": 16, "resize_mode": "squash"},
+}
+
+
+def test_other_transforms_have_entries_of_their_own(cached, kept, folder):
+    pairs = [[image_transform(is_train=side, **options) for side in (True, False)] for options in OTHERS.values()]
+    recipes = {Transforms.of(*pair).recipe() for pair in pairs}
+    assert len(recipes) == len(pairs)
+    for count, pair in enumerate(pairs, 1):
+        images = cached(how=Transforms.of(*pair)).load([0, 3])[0]
+        assert len(kept()) == 2 * count
+        for number, image in zip((0, 3), images):
+            assert torch.equal(image, pair[1](Image.open(folder / f"{number}.png").convert("RGB")))
+
+
+def test_what_decodes_is_part_of_the_recipe(transforms, transform_pair, monkeypatch):
+    assert Transforms.of(*transform_pair).recipe() == transforms.recipe()
+    recipes = {transforms.recipe()}
+    for name, value in (
+        ("PIL.__version__", "0"),
+        ("torchvision.__version__", "0"),
+        ("PIL.features.version", lambda name: "0"),
+        ("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            recipes.add(transforms.recipe())
+    assert len(recipes) == 5
+
+
+def test_a_transform_that_does_not_tell_what_it_is_matches_no_other_run(transforms):
+    own = dataclasses.replace(transforms, fit=lambda image: image.resize((16, 16)))
+    assert own.recipe() != own.recipe()
+
+
+def test_a_tiff_that_is_turned_while_it_is_decoded(cached, folder, transform_pair):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(folder / "3.png").crop((0, 0, 60, 17))
+    image.save(folder / "3.png", "TIFF", exif=exif)
+    decoded = Image.open(folder / "3.png").convert("RGB")
+    assert decoded.size == (17, 60)
+    for _ in range(2):
+        images, _ = cached(training=True).load([3], torch.Generator().manual_seed(7))
+        torch.manual_seed(7)
+        assert torch.equal(images[0], transform_pair[0](decoded))
+
+
+def test_arrays_are_not_stored(cached, kept):
+    data = cached(pixels=np.zeros((6, 28, 28), np.uint8))
+    assert data.load(range(6))[0].shape == (6, 3, 16, 16) and not kept() and data.disk_bytes == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_that_is_gone_or_damaged_is_named_and_not_stored(cached, folder, kept, training):
+    data = cached(training=training)
+    data.load([0, 2])
+    before = kept()
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match="2.png cannot be decoded"):
+        data.load([0, 2])
+    (folder / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2.png cannot be decoded \(cannot identify the file\)"):
+        data.load([0, 2])
+    (folder / "2.png").unlink()
+    with pytest.raises(ValueError, match="2.png cannot be decoded .*No such file"):
+        data.load([0, 2])
+    assert kept() == before

@@ -94,6 +94,30 @@ def test_folders(capsys, mine, weights, tmp_path):
     assert code == 1 and "'colours' is now without 'green' and with 'lime'" in err
 
 
+def test_a_cache_on_disk_changes_no_bit(capsys, mine, weights, tmp_path, monkeypatch):
+    """A run without, one that fills the cache, and one that decodes nothing; then the cache cannot be one."""
+    arguments = ["--benchmark=folders", "--data.root=data", "--data.tasks=[colours, warmth]", "--data.split=0.5"]
+    arguments += [*weights, "--data.workers=2", "--method=lora", "--method.iterations=4", "--method.batch_size=8"]
+    cache = ["--data.cache_dir=cache", "--data.cache_crops=true"]
+    for out, more in (("without", []), ("cold", cache), ("warm", cache)):
+        code, _, err = run(capsys, "train", *arguments, *more, "--data.cache_gb=0", f"--out={out}")
+        assert code == 0, err
+        if out == "cold":
+            for name in ("fitted", "cut"):
+                monkeypatch.setattr(f"fastlora.continual.datasets.transforms.Transforms.{name}", None)
+    for file in ("accuracy.csv", "accuracy_union.csv", "log.csv", "ranks.csv"):
+        assert len({(tmp_path / out / file).read_bytes() for out in ("without", "cold", "warm")}) == 1
+    code, out, err = run(capsys, "train", *arguments, *cache, "--dry-run")
+    assert code == 0 and "in data.cache_dir: training crops, at most" in out, err
+    code, _, err = run(capsys, "train", *arguments, "--data.cache_dir=data", "--out=other")
+    assert code == 2 and "data.cache_dir is 'data', which holds 'colours', 'warmth' and is no cache" in err
+    code, _, err = run(capsys, "train", *arguments, "--data.cache_dir=without/log.csv", "--out=other")
+    assert code == 2 and "data.cache_dir is 'without/log.csv', which is no directory" in err
+    code, _, err = run(capsys, "train", *arguments, "--data.cache_crops=true", "--out=other")
+    assert code == 2 and "no cache to keep crops in. Give --data.cache_dir DIR" in err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_run_goes_on_with_its_own_training_images_alone(capsys, mine, weights):
     arguments = ["--benchmark=folders", "--data.root=data", "--data.tasks=[colours]", "--data.split=0.5"]
     assert run(capsys, "train", *arguments, *weights, "--data.shots=2", "--method=zero_shot", "--out=run")[0] == 0
