@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastlora.checks import check_finite_gate
+from fastlora.interrupts import uninterrupted
 from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention, is_attention, refuse_unsupported
 from fastlora.modules.linear import FusedRankLoRALinear
@@ -282,17 +283,19 @@ def _merge_all(
         fresh = zip(found, weights)
         residuals |= {name: new_residuals([weight])[0] for name, weight in fresh if name not in residuals}
         options = {**options, "residuals": [residuals[name] for name in found]}
-    report = run(
-        weights,
-        [layer.lora_a for layer in layers],
-        [layer.lora_b for layer in layers],
-        [layer.effective_gate() for layer in layers],
-        scaling=[layer.scaling for layer in layers],
-        names=list(found),
-        **options,
-    )
-    for layer in layers:
-        layer.reset_adapter_()
+    renewed = [layer.fresh_tensors() for layer in layers]  # before the merge: whatever fails here, nothing has changed
+    with uninterrupted():  # an update that is in the weight and in the adapter still would act twice
+        report = run(
+            weights,
+            [layer.lora_a for layer in layers],
+            [layer.lora_b for layer in layers],
+            [layer.effective_gate() for layer in layers],
+            scaling=[layer.scaling for layer in layers],
+            names=list(found),
+            **options,
+        )
+        for layer, tensors in zip(layers, renewed):
+            layer._set(*tensors)
     return report
 
 
