@@ -249,6 +249,33 @@ def test_a_module_in_two_places_is_refused():
     assert model[0] is model[2] is shared and shared.weight.requires_grad
 
 
+def test_a_model_that_is_itself_a_layer():
+    for layer in (nn.Linear(4, 4), nn.MultiheadAttention(4, 2)):
+        with pytest.raises(ValueError, match="the model is itself a .* Put it into nn.Sequential.*from_linear"):
+            fastlora.inject(layer, rank=2, where=["*"])
+        assert all(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_no_memory_for_the_second_adapter_leaves_the_model_alone(monkeypatch):
+    model = tiny_clip()
+    kinds, calls, fresh_tensors = [type(m) for m in model.modules()], [], RankAdapter.fresh_tensors
+    before = {name: parameter for name, parameter in model.named_parameters()}
+
+    def no_memory(self, generator=None):
+        calls.append(1)
+        if len(calls) == 8:  # the first is a trial; in the second of two attentions
+            raise RuntimeError("can't allocate memory")
+        return fresh_tensors(self, generator)
+
+    monkeypatch.setattr(RankAdapter, "fresh_tensors", no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        fastlora.inject(model, rank=2)
+    assert [type(m) for m in model.modules()] == kinds
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_injecting_twice_is_refused():
     model = tiny_clip()
     fastlora.inject(model, rank=2)
@@ -316,3 +343,29 @@ def test_what_fails_beside_a_merge_fails_before_it(monkeypatch):
         with pytest.raises(RuntimeError, match="can't allocate"):
             merge()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_weight_that_is_tied_to_another_is_not_merged():
+    """One parameter in two places, and two parameters over one memory."""
+    for tie in (lambda weight: weight, lambda weight: nn.Parameter(weight.detach())):
+        model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+        model["head"].weight = tie(model["embed"].weight)
+        fastlora.inject(model, rank=2, where=["head"])
+        train_adapters(model)
+        before = copy.deepcopy(model.state_dict())
+        for work in (fastlora.merge, fastlora.unmerge):
+            with pytest.raises(ValueError, match="head.weight and embed.weight are one tensor"):
+                work(model)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        model["head"].weight = nn.Parameter(model["head"].weight.detach().clone(), requires_grad=False)
+        fastlora.merge(model)
+        assert torch.equal(model["embed"].weight, before["embed.weight"])
+
+
+def test_the_packed_weight_of_an_attention_is_its_own():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 24, bias=False)})
+    fastlora.inject(model, rank=2, where=["attn"], targets=("k",))
+    fastlora.merge(model)
+    model["fc"].weight = model["attn"].in_proj_weight
+    with pytest.raises(ValueError, match="attn.in_proj_weight and fc.weight are one tensor"):
+        fastlora.merge(model)
