@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastlora.checks import check_finite_gate
+from fastlora.interrupts import uninterrupted
 from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention, is_attention, refuse_unsupported
 from fastlora.modules.linear import FusedRankLoRALinear
@@ -113,31 +114,54 @@ def inject(
         InjectReport with the adapters' names.
     Raises:
         ValueError: unknown target or tower, nothing found (near names are listed), already adapted, or an attention
-            with options that are not supported. The model is unchanged.
+            with options that are not supported.
         TypeError: a selected module is neither linear nor attention.
+        RuntimeError: there is no memory for an adapter.
+        Whatever is raised, the model is unchanged.
     """
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
         raise ValueError(f"targets {list(targets)} were given; accepted: any of {list(TARGETS)}.")
     parts = tuple(part for part in PARTS if part in targets)
+    if isinstance(model, nn.Linear) or is_attention(model):
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, and adapters replace modules inside of one. Put it into "
+            "nn.Sequential(model), or make the layer with FusedRankLoRALinear.from_linear(model, rank)."
+        )
     selected = _select_tower(model, targets, where) if isinstance(where, str) else _select(model, where)
     _check_selection(model, selected, parts)
     # one throw-away adapter: bad options are found before anything in the model has changed
     FusedRankLoRALinear(1, 1, rank, **layer_kwargs)
-    kept = {id(parameter) for parameter in adapter_parameters(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
-    for name, module in selected.items():
-        if is_attention(module):
-            adapted = adapt_attention(module, parts, rank, **layer_kwargs)
-        elif format_of(module) is not None:
-            adapted = QuantizedRankLoRALinear(module, rank, **layer_kwargs)
-        else:
-            adapted = FusedRankLoRALinear.from_linear(module, rank, **layer_kwargs)
-        model.set_submodule(name, adapted)
+    _replace(model, selected, parts, rank, layer_kwargs)
     names = tuple(name for name, _ in adapters(model) if _within(name, selected))
     return InjectReport(names, sum(p.numel() for p in adapter_parameters(model) if p.requires_grad))
+
+
+def _replace(
+    model: nn.Module, selected: dict[str, nn.Module], parts: tuple[str, ...], rank: int, layer_kwargs: dict[str, Any]
+) -> None:
+    """Freeze all but adapters and put adapted modules in place of the selected ones: all of them, or, on error, none."""
+    kept = {id(parameter) for parameter in adapter_parameters(model)}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    replaced: dict[str, Any] = {}
+    try:
+        with uninterrupted():
+            for parameter, _ in flags:
+                parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+            for name, module in selected.items():
+                if is_attention(module):
+                    replaced[name] = adapt_attention(module, parts, rank, **layer_kwargs)
+                elif format_of(module) is not None:
+                    replaced[name] = QuantizedRankLoRALinear(module, rank, **layer_kwargs)
+                else:
+                    replaced[name] = FusedRankLoRALinear.from_linear(module, rank, **layer_kwargs)
+                model.set_submodule(name, replaced[name])
+    except Exception:
+        for name, adapted in replaced.items():
+            model.set_submodule(name, adapted.to_plain() if isinstance(adapted, _PackedAttention) else selected[name])
+        for parameter, trained in flags:
+            parameter.requires_grad_(trained)
+        raise
 
 
 def _within(name: str, selected: dict[str, nn.Module]) -> bool:
@@ -261,15 +285,18 @@ def merge(
     Raises:
         MergeError: some adapter is not finite, a sum overflows, or a weight is quantised and `requantize` was not given;
             no weight and no adapter has changed.
+        ValueError: a gate is not finite, or a weight is tied to one that has no adapter (named); likewise.
     """
     found = _adapters_or_raise(model)
     quantized = {name: layer for name, layer in found.items() if isinstance(layer, QuantizedRankLoRALinear)}
+    check_untied(model)
+    if not quantized:
+        return _merge_all(merge_, found, residuals, merge_kwargs)
     made = requantized(quantized, requantize)
     plain = {name: layer for name, layer in found.items() if name not in quantized}
-    if not quantized:
-        return _merge_all(merge_, plain, residuals, merge_kwargs)
-    merged = _merge_all(merge_, plain, residuals, merge_kwargs) if plain else None
-    rows = (*(merged or ()), *put_requantized(quantized, made))
+    with uninterrupted():
+        merged = _merge_all(merge_, plain, residuals, merge_kwargs) if plain else None
+        rows = (*(merged or ()), *put_requantized(quantized, made))
     return MergeReport(lambda: rows, f"{merged.backend}+requantize" if merged else "requantize")
 
 
@@ -290,6 +317,7 @@ def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, che
             f"{quantized[0]} stores its weight quantised, so what was merged into it cannot be taken out again. Load the "
             "weights from before the merge."
         )
+    check_untied(model)
     return _merge_all(unmerge_, found, residuals, {"check": check})
 
 
@@ -307,18 +335,46 @@ def _merge_all(
         fresh = zip(found, weights)
         residuals |= {name: new_residuals([weight])[0] for name, weight in fresh if name not in residuals}
         options = {**options, "residuals": [residuals[name] for name in found]}
-    report = run(
-        weights,
-        [layer.lora_a for layer in layers],
-        [layer.lora_b for layer in layers],
-        [layer.effective_gate() for layer in layers],
-        scaling=[layer.scaling for layer in layers],
-        names=list(found),
-        **options,
-    )
-    for layer in layers:
-        layer.reset_adapter_()
+    renewed = [layer.fresh_tensors() for layer in layers]  # before the merge: whatever fails here, nothing has changed
+    with uninterrupted():  # an update that is in the weight and in the adapter still would act twice
+        report = run(
+            weights,
+            [layer.lora_a for layer in layers],
+            [layer.lora_b for layer in layers],
+            [layer.effective_gate() for layer in layers],
+            scaling=[layer.scaling for layer in layers],
+            names=list(found),
+            **options,
+        )
+        for layer, tensors in zip(layers, renewed):
+            layer._set(*tensors)
     return report
+
+
+def check_untied(model: nn.Module) -> None:
+    """Raises ValueError where a merge into the adapted weights of `model` would change another parameter too."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    own = {f"{name}.weight" for name, adapter in adapters(model) if isinstance(adapter, FusedRankLoRALinear)}
+    own |= {
+        f"{name}.in_proj_weight"
+        for name, module in model.named_modules()
+        if isinstance(module, _PackedAttention) and any(part is not None for part in (module.q, module.k, module.v))
+    }
+    own = {name.removeprefix(".") for name in own}
+    check_no_ties({name: named[name] for name in own}, named)
+
+
+def check_no_ties(merged: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where one of `weights` shares memory with one of `merged` and is not merged itself."""
+    memory = {weight.data_ptr(): name for name, weight in merged.items() if not weight.is_meta and weight.numel()}
+    for name, weight in weights.items():
+        other = None if name in merged or weight.is_meta else memory.get(weight.data_ptr())
+        if other is not None:
+            raise ValueError(
+                f"{other} and {name} are one tensor (tied); a merge into the first would change what the second computes, "
+                f"which nobody trained. Give the adapted module a weight of its own before: module.weight = "
+                "torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)."
+            )
 
 
 def remove(model: nn.Module) -> nn.Module:

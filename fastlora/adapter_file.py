@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlora.adapt import adapters
+from fastlora.checks import check_kappa, check_scaling
 from fastlora.files import write_atomically
-from fastlora.fingerprint import checksum, fingerprint
+from fastlora.fingerprint import checksum, fingerprint, kind
+from fastlora.interrupts import uninterrupted
 
 FORMAT = "fastlora.adapter/2"
 # without a checksum; still read, since its adapters are as good as ever, but no journal takes it: it names no base
@@ -106,17 +107,22 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     for name, adapter in found.items():
         file.check_fits(name, (adapter.out_features, adapter.in_features))
-    for name, adapter in found.items():
-        lora_a, lora_b, gate = file.adapter(name)
-        adapter._set(lora_a.to(adapter.lora_a), lora_b.to(adapter.lora_b), gate.to(adapter.gate))
-        adapter.kappa, adapter.scaling = file.settings[name]["kappa"], file.settings[name]["scaling"]
+    loaded = {  # moved first: whatever fails here, nothing has changed
+        name: [tensor.to(own) for tensor, own in zip(file.adapter(name), (a.lora_a, a.lora_b, a.gate))]
+        for name, a in found.items()
+    }
+    with uninterrupted():
+        for name, adapter in found.items():
+            adapter._set(*loaded[name])
+            adapter.kappa, adapter.scaling = file.settings[name]["kappa"], file.settings[name]["scaling"]
 
 
 def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     """Read an adapter file and compare it with its checksum; nothing of it is ever executed.
 
     Raises:
-        ValueError: the file is no adapter file, is not complete, or some bit of it has changed.
+        ValueError: the file is no adapter file, is not complete, holds other numbers than floating ones, or some bit of
+            it has changed.
         OSError: the file cannot be read.
     """
     header, tensors = _read(path)
@@ -130,6 +136,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     if wanted != set(tensors):
         odd = sorted(wanted ^ set(tensors))
         raise ValueError(f"{path} is incomplete: its header and its tensors differ in {some(odd)}. Save it again.")
+    _check_floating(path, tensors)
     hashes = fingerprint(tensors)
     if header["format"] == FORMAT and header.get("sha256") != checksum(header, hashes):
         raise ValueError(
@@ -142,12 +149,24 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(
+            # cloned out of the mapping of the file: what is written into the file later would change the adapters
+            return file.metadata() or {}, {key: file.get_tensor(key).clone() for key in file.keys()}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:  # a directory gives an OSError that names nothing
+        raise (OSError if isinstance(error, OSError) else ValueError)(
             f"{path} is not a readable safetensors file ({error}). Restore it from a copy, or save it again with "
             "save_adapter."
         ) from error
+
+
+def _check_floating(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    odd = sorted(key for key, tensor in tensors.items() if not tensor.is_floating_point())
+    if odd:
+        raise ValueError(
+            f"{path}: {odd[0]} is {kind(tensors[odd[0]])}; an adapter is of floating-point numbers. Restore the file from a "
+            "copy, or save it again with save_adapter."
+        )
 
 
 def _settings(header: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
@@ -156,9 +175,10 @@ def _settings(header: Mapping[str, str], path: str | os.PathLike[str]) -> dict[s
             name: {"kappa": float(each["kappa"]), "scaling": float(each["scaling"])}
             for name, each in json.loads(header["settings"]).items()
         }
-        if not all(0 <= s["kappa"] < math.inf and math.isfinite(s["scaling"]) for s in settings.values()):
-            raise ValueError("a kappa must be finite and >= 0, a scaling finite")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        for each in settings.values():
+            check_kappa(each["kappa"])
+            check_scaling(each["scaling"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{path} tells no kappa and scaling of each module ({type(error).__name__}: {error}). Restore it from a "
             "copy, or save it again with save_adapter."

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlora.reference import OPERATORS
 
 GATE_INITS = ("normal", "ones")
+LARGEST_KAPPA = torch.finfo(torch.float32).max  # gates are float32: beyond, kappa would be infinite beside them
 
 
 def check_operator(operator: str) -> None:
@@ -29,10 +30,10 @@ def check_kappa(kappa: float | Tensor) -> None:
         return
     if isinstance(kappa, bool) or not isinstance(kappa, (int, float)):
         raise TypeError(f"kappa is a {type(kappa).__name__}; it must be a float or a 0-d tensor.")
-    if not (math.isfinite(kappa) and kappa >= 0):
+    if not 0 <= kappa <= LARGEST_KAPPA:
         raise ValueError(
-            f"kappa is {kappa}; it must be finite and >= 0 (a negative kappa grows the gates, an infinite one makes NaN). "
-            "Use kappa=0.0 to switch the threshold off."
+            f"kappa is {kappa}; it must be finite and >= 0 (a negative kappa grows the gates, an infinite one makes NaN), "
+            f"and at most {LARGEST_KAPPA:.4g}, where float32 ends. Use kappa=0.0 to switch the threshold off."
         )
 
 
@@ -69,10 +70,17 @@ def check_finite_gate(gate: Tensor, name: str = "gate") -> None:
 
 
 def check_tensors(**operands: Any) -> None:
-    """Each operand is a tensor; `bias` may be None."""
+    """Each operand is a tensor with one shape for all of it; `bias` may be None."""
     for name, tensor in operands.items():
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+        if name == "bias" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor.")
+        if tensor.is_nested:
+            raise TypeError(
+                f"{name} is a nested tensor; a plain one is accepted. Pad it with torch.nested.to_padded_tensor({name}, "
+                "0.0), or pass its rows as one tensor."
+            )
 
 
 def check_rank_lora(
@@ -96,11 +104,12 @@ def plainly_fits(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor,
 
     False says nothing: gates of two dimensions, say, are for `check_rank_lora` to judge.
     """
-    dtype, device = x.dtype, x.device
     try:
+        dtype, device = x.dtype, x.device
         (n, k), (r,) = weight.shape, gate.shape
         return (
-            x.shape[-1] == k
+            not x.is_nested  # first: a nested tensor may have no shape at all
+            and x.shape[-1] == k
             and lora_a.shape == (r, k)
             and lora_b.shape == (n, r)
             and weight.dtype == dtype

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -82,6 +83,39 @@ def sweep(folder: Path) -> None:
 def is_leftover(name: str) -> bool:
     """Whether a writer that was killed may have left a file of this name."""
     return _LEFTOVER.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else who asks for it is in `folder` meanwhile; made where it is not there, and gone again if left empty.
+
+    Raises:
+        RuntimeError: another process, or another thread of this one, is.
+        OSError: the folder cannot be made or read.
+    """
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)  # the lock goes with it, also where the process is killed
+        if made:
+            with contextlib.suppress(OSError):  # it has files now
+                folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(
+            f"{folder} is in use: another process writes there at this moment. Give each process a directory of its own, "
+            "or write again when the other is done."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def _not_written(target: Path, error: OSError) -> OSError:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapt import adapters, prune
+from fastlora.adapt import adapters, check_no_ties, check_untied, prune
 from fastlora.adapter_file import adapter_tensors, read_adapter, save_adapter, some
 from fastlora.base_weights import base_weights, merge_adapter
+from fastlora.files import alone_in
 from fastlora.fingerprint import fingerprint
+from fastlora.interrupts import uninterrupted
 from fastlora.journal_entry import (
     JournalEntry,
     changed_weights,
@@ -44,7 +46,7 @@ class Journal:
 
     A file names its task, the base model (dtype, shape and SHA-256 of every parameter before task 1; buffers are not
     covered) and its own SHA-256. It is written in one step: a kill leaves the journal with the task or without it. One
-    process writes a journal at a time.
+    process writes a journal at a time; a second one that appends meanwhile is refused.
 
     Args:
         directory: holds task_01.safetensors, task_02.safetensors, ...; the first `append` makes it.
@@ -74,21 +76,24 @@ class Journal:
             merge_options: rounding and seed of the merge that follows, where they are not the defaults.
         Raises:
             ValueError: no adapters; a value that is not finite; another model than that of the earlier tasks; the
-                adapters of the last task again; an earlier file that is damaged.
+                adapters of the last task again; an adapted weight that is tied to another; an earlier file that is
+                damaged.
             TypeError: a merge option that a header cannot hold.
+            RuntimeError: another process appends at this moment.
             OSError: the directory cannot be written, or an earlier file is missing.
             Whatever is raised, the journal has not changed, and the model has at most been pruned.
         """
         _check_options(merge_options)
         _check_finite(model)
-        entries = self._entries(self._numbers())
-        base = self._base_of(model, entries)
-        prune(model)
-        _check_new(model, entries)
-        self.directory.mkdir(exist_ok=True)
-        self._sweep()
-        path = self._path(len(entries) + 1)
-        save_adapter(model, path, header_of(len(entries) + 1, name, base, merge_options))
+        check_untied(model)
+        with alone_in(self.directory):
+            entries = self._entries(self._numbers())
+            base = self._base_of(model, entries)
+            prune(model)
+            _check_new(model, entries)
+            self._sweep()
+            path = self._path(len(entries) + 1)
+            save_adapter(model, path, header_of(len(entries) + 1, name, base, merge_options))
         return path
 
     def rebuild(
@@ -114,7 +119,7 @@ class Journal:
             A report for each task.
         Raises:
             ValueError: no such task; a file is damaged or not of this journal; the model has adapters, is not the base
-                model, or has been merged already.
+                model, has been merged already, or ties a weight that would be merged into to another.
             MergeError: a sum overflows.
             OSError: a file is missing or cannot be read.
             Whatever is raised, the model has not changed.
@@ -127,11 +132,13 @@ class Journal:
         if known := entries or self._entries(self._numbers()[:1]):
             check_kinds(what, weights, known[0].base)
             check_untouched(what, weights, known)
+        targets = hosts(what, weights, entries)
+        check_no_ties({name: weights[name] for name in targets}, weights)
         # merged beside the model, so that a fault in the last file finds the first weight as it was
-        copies = {name: weights[name].clone() for name in hosts(what, weights, entries)}
+        copies = {name: weights[name].clone() for name in targets}
         kept = None if residuals is None else {name: residual.clone() for name, residual in residuals.items()}
         reports = [merge_adapter(read_adapter(entry.path), weights | copies, what, kept) for entry in entries]
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             for name, merged in copies.items():
                 weights[name].copy_(merged)
         if residuals is not None and kept is not None:

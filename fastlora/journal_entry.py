@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlora.adapter_file import AdapterFile, some
+from fastlora.adapter_file import FORMAT, AdapterFile, some
 from fastlora.base_weights import host_of
 from fastlora.fingerprint import fingerprint, kind
 
@@ -44,8 +44,8 @@ def header_of(number: int, name: str, base: Mapping[str, str], merge_options: Ma
 
 
 def in_journal(file: AdapterFile) -> bool:
-    """Whether a journal wrote the file; files of the older format name a task, but no base."""
-    return "base" in file.header
+    """Whether a journal wrote the file; files of the older format name a task, but neither base nor checksum."""
+    return "base" in file.header and file.header["format"] == FORMAT
 
 
 def journal_entry(file: AdapterFile) -> JournalEntry:
@@ -60,15 +60,28 @@ def journal_entry(file: AdapterFile) -> JournalEntry:
             f"{file.path} names no base model (format {header['format']!r}), so nothing shows which weights it belongs "
             "to; a journal holds files of Journal.append. Merge it by itself with `fastlora merge`, or train again."
         )
-    return JournalEntry(
-        number=int(header["task"]),
-        name=header["task_name"],
-        path=Path(file.path),
-        ranks={module: file.adapter(module)[2].numel() for module in file.settings},
-        merge_options=json.loads(header["merge"]),
-        base=json.loads(header["base"]),
-        hashes=file.hashes,
-    )
+    try:
+        return JournalEntry(
+            number=int(header["task"]),
+            name=header["task_name"],
+            path=Path(file.path),
+            ranks={module: file.adapter(module)[2].numel() for module in file.settings},
+            merge_options=_mapping(header, "merge"),
+            base=_mapping(header, "base"),
+            hashes=file.hashes,
+        )
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file.path} does not tell its task, base and merge options ({type(error).__name__}: {error}), so no journal "
+            "wrote it. Put back the file of Journal.append."
+        ) from error
+
+
+def _mapping(header: Mapping[str, str], key: str) -> dict[str, Any]:
+    found = json.loads(header[key])
+    if not isinstance(found, dict) or key == "base" and not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"{key} is no mapping of names")
+    return found
 
 
 def check_one_base(entries: Sequence[JournalEntry]) -> None:

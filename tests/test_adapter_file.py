@@ -84,6 +84,12 @@ def with_settings(text):
     return lambda path: rewrite(path, format="fastlora.adapter/1", settings=text)
 
 
+def of_integers(path):
+    file = read_adapter(path)
+    tensors = {key: tensor.int() for key, tensor in file.tensors.items()}
+    save_file(tensors, path, file.header | {"format": "fastlora.adapter/1"})
+
+
 def rewrite(path, **header):
     """The same tensors under a header with these changes; None takes a key out."""
     file = read_adapter(path)
@@ -100,7 +106,11 @@ def rewrite(path, **header):
         (with_settings("{"), "tells no kappa and scaling of each module .JSONDecodeError"),
         (with_settings('{"0": {}}'), "tells no kappa and scaling of each module .KeyError: 'kappa'"),
         (with_settings("[1]"), "tells no kappa and scaling of each module .AttributeError"),
-        (with_settings('{"0": {"kappa": NaN, "scaling": 1}}'), "a kappa must be finite and >= 0"),
+        (with_settings('{"0": {"kappa": NaN, "scaling": 1}}'), "tells no kappa .*kappa is nan; it must be finite"),
+        (with_settings('{"0": {"kappa": 1e300, "scaling": 1}}'), "tells no kappa .*kappa is 1e.300"),
+        (with_settings('{"0": {"kappa": 0, "scaling": 1' + "0" * 400 + "}}"), "tells no kappa .*OverflowError"),
+        (with_settings("[" * 100_000), "tells no kappa .*RecursionError"),
+        (of_integers, r"a.safetensors: 0.gate is int32\[5\]; an adapter is of floating-point numbers"),
         (corrupt, "is not a readable safetensors file"),
         (of_another_format, "has format None; 'fastlora.adapter/2' and 'fastlora.adapter/1' are accepted"),
         (lacking_a_tensor, "is incomplete: its header and its tensors differ in 1.gate"),
@@ -227,8 +237,19 @@ def nobody():
     os.rmdir(folder)
 
 
+def test_a_file_that_is_overwritten_after_it_was_loaded_changes_no_adapter(tmp_path):
+    path, loaded = tmp_path / "a.safetensors", model()
+    fastlora.save_adapter(model(), path)
+    fastlora.load_adapter(loaded, path)
+    before = state(loaded)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), state(loaded).values()))
+
+
 def test_missing_file_and_missing_adapters(tmp_path):
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
         fastlora.load_adapter(model(), tmp_path / "none.safetensors")
+    with pytest.raises(OSError, match=f"{tmp_path.name} is not a readable safetensors file"):
+        fastlora.load_adapter(model(), tmp_path)
     with pytest.raises(ValueError, match="has no adapters to save"):
         fastlora.save_adapter(nn.Linear(2, 2), tmp_path / "a.safetensors")

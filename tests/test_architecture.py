@@ -15,6 +15,7 @@ LAYERS = (
         "fastlora.checks",
         "fastlora.files",
         "fastlora.fingerprint",
+        "fastlora.interrupts",
         "fastlora.build",
         "fastlora._C",
     ),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastlora import reference
 from fastlora.checks import check_finite_gate, check_kappa, check_layer_options
+from fastlora.interrupts import uninterrupted
 from fastlora.ops.merge import merge_
 from fastlora.ops.rank_lora import rank_lora_linear
 
@@ -73,24 +74,29 @@ class RankAdapter(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._adopt_rank(state_dict.get(f"{prefix}gate"))
+        self._adopt_rank(*(state_dict.get(f"{prefix}{key}") for key in ("lora_a", "lora_b", "gate")))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _adopt_rank(self, gate: Any) -> None:
-        """Take the shapes of a checkpoint that was saved at another (pruned) rank; values follow from the loader."""
-        if isinstance(gate, Tensor) and gate.dim() == 1 and gate.numel() != self.gate.numel():
-            self._set(
-                self.lora_a.new_zeros(gate.numel(), self.in_features),
-                self.lora_b.new_zeros(self.out_features, gate.numel()),
-                self.gate.new_zeros(gate.numel()),
-            )
+    def _adopt_rank(self, lora_a: Any, lora_b: Any, gate: Any) -> None:
+        """Take the shapes of a checkpoint that was saved at another (pruned) rank; values follow from the loader.
+
+        What does not fit the layer as a whole changes nothing here: the loader refuses it.
+        """
+        if not all(isinstance(tensor, Tensor) for tensor in (lora_a, lora_b, gate)):
+            return
+        r = gate.numel()
+        shapes = ((r, self.in_features), (self.out_features, r), (r,))
+        if r != self.gate.numel() and (tuple(lora_a.shape), tuple(lora_b.shape), tuple(gate.shape)) == shapes:
+            self._set(*(own.new_zeros(shape) for own, shape in zip((self.lora_a, self.lora_b, self.gate), shapes)))
 
     def _set(self, lora_a: Tensor, lora_b: Tensor, gate: Tensor) -> None:
-        for parameter, value in ((self.lora_a, lora_a), (self.lora_b, lora_b), (self.gate, gate)):
-            parameter.grad = None
-            # by way of another dtype: only that makes autograd forget the shape it noted for a graph still alive
-            parameter.data = parameter.data.new_empty(0, dtype=torch.float64)
-            parameter.data = value
+        empty = [p.data.new_empty(0, dtype=torch.float64) for p in (self.lora_a, self.lora_b, self.gate)]
+        with uninterrupted():  # three tensors of one rank
+            for parameter, nothing, value in zip((self.lora_a, self.lora_b, self.gate), empty, (lora_a, lora_b, gate)):
+                parameter.grad = None
+                # by way of another dtype: only that makes autograd forget the shape it noted for a graph still alive
+                parameter.data = nothing
+                parameter.data = value
 
     def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output; the threshold is a tensor under torch.compile, so that a new kappa recompiles nothing."""
@@ -164,10 +170,13 @@ class RankAdapter(nn.Module):
             ValueError: a gate is not finite.
         """
         check_finite_gate(self.gate)
-        report = merge_(
-            [self.weight], [self.lora_a], [self.lora_b], [self.effective_gate()], scaling=self.scaling, **merge_kwargs
-        )
-        self.reset_adapter_(generator)
+        fresh = self.fresh_tensors(generator)  # before the merge: whatever fails here, nothing has changed
+        with uninterrupted():
+            report = merge_(
+                [self.weight], [self.lora_a], [self.lora_b], [self.effective_gate()], scaling=self.scaling,
+                **merge_kwargs,
+            )  # fmt: skip
+            self._set(*fresh)
         return report
 
     @torch.no_grad()
@@ -176,15 +185,19 @@ class RankAdapter(nn.Module):
 
         Drawn on the CPU, lora_a before gate, so that a seed gives the same adapter on every device.
         """
-        if self.gate.is_meta:
-            return  # nothing to fill; called again once the module has storage
+        if not self.gate.is_meta:  # nothing to fill; called again once the module has storage
+            self._set(*self.fresh_tensors(generator))
+
+    @torch.no_grad()
+    def fresh_tensors(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """lora_a, lora_b and gate as `reset_adapter_` draws them; the adapter itself stays as it is."""
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
         lora_a = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
         gate = torch.ones(self.rank)
         if self.gate_init == "normal":
             gate.normal_(generator=generator)
         lora_b = self.lora_b.new_zeros(self.out_features, self.rank)
-        self._set(lora_a.to(self.lora_a), lora_b, gate.to(self.gate))
+        return lora_a.to(self.lora_a), lora_b, gate.to(self.gate)
 
     def extra_repr(self) -> str:
         kept = self.gate.numel()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +13,9 @@ from fastlora.ops.merge_checks import MergeJob, check_merge, check_rounding
 from fastlora.ops.merge_native import NativeMerge, serves
 from fastlora.ops.merge_report import Counts, MergeError, MergeReport, ModuleMerge, module_merge, raise_bad
 from fastlora.ops.merge_torch import TorchMerge
+
+# one merge at a time: two threads that add to one weight would each overwrite what the other has just written
+_turn = threading.RLock()
 
 __all__ = ["MergeError", "MergeReport", "ModuleMerge", "merge_", "new_residuals", "unmerge_"]
 
@@ -54,6 +59,7 @@ def merge_(
             finite in the weight's dtype. No weight of the call has changed.
         TypeError, ValueError: the arguments do not fit each other, are not plain memory that can be written, or two
             weights share memory. No weight of the call has changed.
+        MemoryError: no room for the tables of the merge. No weight of the call has changed.
     Numerics:
         The update is summed in float32 from 0 by fused multiply-adds over the kept ranks in rank order, each
         (lora_b * float32(scaling * gate)) * lora_a; then it is added to float32(weight), and to the residual if there
@@ -62,6 +68,8 @@ def merge_(
         rounding draws depends on seed, place of the module in the call, and place in the weight's storage (Philox4x32).
         float64 weights, other devices and installations without the extension run the same formula in PyTorch, float64
         for float64, products unfused.
+    Threads:
+        Calls from several threads run one after the other, so that none overwrites another's update.
     """
     seed = check_rounding(rounding, residuals, seed)
     if rounding == "stochastic" and seed is None:
@@ -114,9 +122,10 @@ def _run(jobs: Sequence[MergeJob], seed: int | None, check: bool) -> MergeReport
         (members, (TorchMerge if where == "torch" else NativeMerge)([jobs[i] for i in members], seed))
         for where, members in groups.items()
     ]
-    if check:
-        raise_bad(jobs, _in_order(jobs, [(members, runner.check()) for members, runner in runners]))
-    pending = [(members, runner.merge()) for members, runner in runners]
+    with _turn:  # the check too: it tells of the weights as they are then
+        if check:
+            raise_bad(jobs, _in_order(jobs, [(members, runner.check()) for members, runner in runners]))
+        pending = [(members, runner.merge()) for members, runner in runners]
 
     def read() -> tuple[ModuleMerge, ...]:
         counts = _in_order(jobs, [(members, read_group()) for members, read_group in pending])
@@ -133,3 +142,13 @@ def _in_order(jobs: Sequence[MergeJob], done: Sequence[tuple[list[int], Sequence
     """The counts of all groups in the order of the call."""
     by_index = {i: counts for members, group in done for i, counts in zip(members, group)}
     return [by_index[i] for i in range(len(jobs))]
+
+
+def _new_turn() -> None:
+    """In a child of a fork, where the thread that had the turn does not exist."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_turn)

@@ -73,13 +73,13 @@ class NativeMerge:
                 "pass check=False and look at the report's `not_finite` after the replay."
             )
         if self.kind == "cpp":
-            return _extension().check_cpu(self._items, threads=torch.get_num_threads())
+            return self._on_cpu("check_cpu")
         return self._launch("check_cuda")()
 
     def merge(self) -> Callable[[], Sequence[Any]]:
         """Write, and return what reads the figures."""
         if self.kind == "cpp":
-            counts = _extension().merge_cpu(self._items, threads=torch.get_num_threads())
+            counts = self._on_cpu("merge_cpu")
             read = lambda: counts  # noqa: E731
         else:
             read = self._launch("merge_cuda")
@@ -89,6 +89,15 @@ class NativeMerge:
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
         return read
+
+    def _on_cpu(self, function: str) -> Sequence[Any]:
+        try:
+            return getattr(_extension(), function)(self._items, threads=torch.get_num_threads())
+        except MemoryError:  # of its tables, which it makes before it writes
+            raise MemoryError(
+                f"there is no memory for the tables of a merge of {len(self._items)} modules; no weight has been changed. "
+                "Free some, or merge fewer modules in a call."
+            ) from None
 
     def _launch(self, function: str) -> Callable[[], Sequence[Any]]:
         """Enqueue on the caller's stream; what is returned waits for the device and reads the figures."""

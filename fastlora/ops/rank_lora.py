@@ -45,8 +45,8 @@ def rank_lora_linear(
     Returns:
         y: [..., N], dtype of `x`; under autocast the autocast dtype.
     Raises:
-        ValueError: a shape or device does not fit, kappa is negative or not finite, unknown backend.
-        TypeError: a dtype does not fit.
+        ValueError: a shape or device does not fit, kappa is negative or not finite in float32, unknown backend.
+        TypeError: a dtype does not fit, or an operand is no tensor, or a nested one.
         RuntimeError: a backend asked for by name cannot run this call.
     Numerics:
         Error stays within twice that of the same formula in PyTorch in the same dtype. The triton backend accumulates

@@ -7,7 +7,6 @@ path. What remains for a GPU: memory that threads share without a barrier, and t
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guard_pages import at_a_page
 from merge_calls import DTYPES, raw
 
 from fastlora.build import build_info, extension
@@ -218,19 +218,6 @@ def test_check_reads_only_and_counts_what_the_cpu_counts(kernel, layout):
     assert ours[0][1]["not_finite"] >= 2
 
 
-def at_the_end_of_a_page(tensor, keep):
-    """A copy whose last element is the last one before memory that may not be touched."""
-    page, size = mmap.PAGESIZE, max(tensor.numel() * tensor.element_size(), 1)
-    room = (size + page - 1) // page * page
-    memory = mmap.mmap(-1, room + page)
-    keep.append(memory)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), ctypes.c_size_t(page), 0) == 0
-    whole = torch.frombuffer(memory, dtype=torch.uint8, count=room)
-    offset = room - tensor.numel() * tensor.element_size()
-    return whole[offset:].view(tensor.dtype).view(tensor.shape).copy_(tensor) if tensor.numel() else tensor
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to outlive what it looks for")
 @pytest.mark.parametrize("path", ["kernel", "cpu"])
 def test_nothing_beyond_an_operand_is_touched(kernel, path):
@@ -245,7 +232,7 @@ def test_nothing_beyond_an_operand_is_touched(kernel, path):
             case = Case(shape, DTYPES[i % 3], modes[i % 4])
             for name in ("weight", "lora_a", "lora_b", "gate", "residual"):
                 if getattr(case, name) is not None:
-                    setattr(case, name, at_the_end_of_a_page(getattr(case, name), keep))
+                    setattr(case, name, at_a_page(getattr(case, name), keep))
             for write in (False, True):
                 if path == "kernel":
                     kernel(write, False, [case.item()])

@@ -49,6 +49,25 @@ def of_the_old_format(path):
     save_file(file.tensors, path, header | {"format": "fastlora.adapter/1"})
 
 
+def entry(**changed):
+    """Entries of the header are others, with a right checksum; None takes one out."""
+
+    def damage(path):
+        file = read_adapter(path)
+        header = {key: file.header[key] for key in ("task", "task_name", "base", "merge")} | changed
+        model = learn(Net(), 2)
+        fastlora.save_adapter(model, path, {key: value for key, value in header.items() if value is not None})
+
+    return damage
+
+
+def without_a_checksum(path):
+    from safetensors.torch import save_file
+
+    file = read_adapter(path)
+    save_file(file.tensors, path, file.header | {"format": "fastlora.adapter/1"})
+
+
 def too_wide(path):
     rewrite(path, learn(Net(width=10), 2))
 
@@ -71,6 +90,12 @@ def of_other_modules(path):
         (of_another_task, "task_02.safetensors holds task 3, not 2"),
         (of_no_journal, "names no base model .format 'fastlora.adapter/2'.* Merge it by itself"),
         (of_the_old_format, "names no base model .format 'fastlora.adapter/1'.* Merge it by itself"),
+        (without_a_checksum, "names no base model .format 'fastlora.adapter/1'.* Merge it by itself"),
+        (entry(task="two"), "task_02.safetensors does not tell its task, .*ValueError.*'two'.* Put back the file"),
+        (entry(task=None), "task_02.safetensors does not tell its task, .*KeyError: 'task'"),
+        (entry(base="[1]"), "task_02.safetensors does not tell .*base is no mapping of names"),
+        (entry(base='{"a": 1}'), "task_02.safetensors does not tell .*base is no mapping of names"),
+        (entry(merge="{"), "task_02.safetensors does not tell .*JSONDecodeError"),
         (not_finite, "task_02.safetensors: attn.k holds non-finite values"),
         (too_wide, r"attn.in_proj_weight has shape \[24, 8\]; with 10 rows in lora_b of attn.q it must have 30 rows"),
         (of_other_modules, "Net has no weight for the adapter of 0"),

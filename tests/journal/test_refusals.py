@@ -116,3 +116,24 @@ def test_a_model_without_adapters_and_a_file_for_a_directory(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match="file is a file; a journal is a directory"):
         fastlora.Journal(tmp_path / "file")
+
+
+def test_two_who_append_at_once(journal, monkeypatch):
+    """The second one is told, and the first one's file is whole."""
+    from fastlora import journal as module
+
+    model, other = Net(), Net()
+    journal.rebuild(model), journal.rebuild(other)
+    learn(model, 4), learn(other, 5)
+
+    def save(*arguments):
+        with pytest.raises(RuntimeError, match="journal is in use: another process writes there at this moment"):
+            fastlora.Journal(journal.directory).append(other)
+        fastlora.save_adapter(*arguments)
+
+    monkeypatch.setattr(module, "save_adapter", save)
+    journal.append(model)
+    assert len(journal) == 4
+    monkeypatch.undo()
+    journal.append(other)  # the lock went with the append
+    assert len(list(journal)) == 5

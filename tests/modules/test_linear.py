@@ -148,6 +148,14 @@ def test_copies_pickles_and_state_dicts():
     other.load_state_dict(torch.load(buffer, weights_only=True))
 
 
+def test_a_state_that_does_not_fit_leaves_the_adapter_as_it_was():
+    layer = trained(kappa=0.1)
+    before = [parameter.detach().clone() for parameter in (layer.lora_a, layer.lora_b, layer.gate)]
+    with pytest.raises(RuntimeError, match=r"size mismatch for lora_a: .*\[3, 13\].*\[4, 12\]"):
+        layer.load_state_dict(trained(rank=3, k=13).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(before, (layer.lora_a, layer.lora_b, layer.gate)))
+
+
 def test_to_linear_is_plain_and_shares_the_weight():
     layer = trained()
     plain = layer.to_linear()
@@ -235,8 +243,9 @@ def test_bad_options_are_refused(options, error, message):
 
 def test_kappa_is_checked_when_set():
     layer = trained()
-    with pytest.raises(ValueError, match="kappa is inf"):
-        layer.kappa = float("inf")
+    for value in (float("inf"), 1e300):  # the second is infinite in float32
+        with pytest.raises(ValueError, match="kappa is (inf|1e)"):
+            layer.kappa = value
     assert layer.kappa == 0.0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -19,6 +22,7 @@ from merge_calls import (
 )
 
 from fastlora import reference
+from fastlora.ops import merge as merge_module
 from fastlora.ops.merge import merge_
 
 
@@ -183,3 +187,43 @@ def test_parameters_with_gradients_and_inference_tensors_are_merged(backend):
         frozen = weight.clone()
         merge_([frozen], *([tensor] for tensor in adapter))
         assert torch.equal(frozen, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_threads_on_one_weight_lose_no_update(dtype):
+    """float32 in the extension, which lets other threads run; float64 in PyTorch."""
+    side, times = 384, 12
+    weight, ones = torch.zeros(side, side, dtype=dtype), (torch.ones(1, side), torch.ones(side, 1), torch.ones(1))
+
+    def work():
+        for _ in range(times):
+            merge_([weight], *([tensor] for tensor in ones))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bool((weight == 2 * times).all())
+
+
+def test_a_child_of_a_fork_has_a_turn_of_its_own():
+    """Another thread is in a merge while this one forks; it does not exist in the child."""
+    lists, inside, done = [[tensor] for tensor in make(4, 4)], threading.Event(), threading.Event()
+
+    def hold():
+        with merge_module._turn:
+            inside.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        merge_(*lists)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    done.set()
+    thread.join()

@@ -218,6 +218,13 @@ def operands_with(**changes):
         ({"x": torch.randn(4, 6).half()}, TypeError, "weight has dtype torch.float32 and x has torch.float16"),
         ({"lora_a": torch.randn(2, 6).half()}, TypeError, "lora_a has dtype torch.float16; it must be torch.float32"),
         ({"gate": [1.0, 2.0]}, TypeError, "gate is a list; it must be a torch.Tensor"),
+        ({"x": [[1.0] * 6]}, TypeError, "x is a list; it must be a torch.Tensor"),
+        ({"x": torch.nested.nested_tensor([torch.ones(2, 6)])}, TypeError, "x is a nested tensor; .*to_padded_tensor"),
+        (
+            {"x": torch.nested.nested_tensor([torch.ones(2, 6)], layout=torch.jagged)},
+            TypeError,
+            "x is a nested tensor",
+        ),
         ({"bias": [1.0] * 5}, TypeError, "bias is a list; it must be a torch.Tensor"),
         ({"gate": torch.randn(2, device="meta")}, ValueError, "gate is on meta and x is on cpu"),
     ],
@@ -230,6 +237,8 @@ def test_bad_operands_are_refused(changes, error, message):
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="kappa is -1.0"):
         rank_lora_linear(*operands_with(), -1.0)
+    with pytest.raises(ValueError, match=r"kappa is 1e\+300; .* at most 3.403e\+38"):
+        rank_lora_linear(*operands_with(), 1e300)
     with pytest.raises(ValueError, match="scaling is nan"):
         rank_lora_linear(*operands_with(), 0.0, float("nan"))
     with pytest.raises(ValueError, match="backend 'cuda' is unknown"):

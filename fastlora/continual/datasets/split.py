@@ -112,13 +112,20 @@ def few_shot(images: Images, shots: int, seed: int, name: str) -> Images:
 
 
 def check_split(name: str, split: Split, classes: int | None = None) -> None:
-    """Raises DataError where the split is not one: another number of classes, a class without images, an odd label."""
+    """Raises DataError where the split is not one: another number of classes, a class without images, an odd label, an
+    image outside of its folder."""
     if classes is not None and len(split.classes) != classes:
         raise DataError(
             f"{name} in {split.folder} has {len(split.classes)} classes; the benchmark is made of {classes}. Unpack the "
             f"data set again, or use --benchmark folders for classes of your own. Found: {_listed(split.classes)}."
         )
     for side, images in (("training", split.train), ("test", split.test)):
+        outside = [image for image in images.names if image.startswith("/") or ".." in image.split("/")]
+        if outside:
+            raise DataError(
+                f"{name}: {side} image {outside[0]!r} lies outside of {split.folder}. Names are paths below it; restore its "
+                "label files."
+            )
         found = Counter(images.labels)
         odd = sorted(label for label in found if not 0 <= label < len(split.classes))
         if odd:

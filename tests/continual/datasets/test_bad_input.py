@@ -1,5 +1,6 @@
 """What is missing or damaged stops a run before it starts, and the message says what goes where."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -95,6 +96,15 @@ def test_a_class_without_training_images_is_named(tmp_path):
     path.write_text("\n".join(line for line in path.read_text().split() if not line.startswith("blotchy")))
     with pytest.raises(DataError, match="no training images of 1 classes: 'blotchy'"):
         read("DTD", tmp_path)
+
+
+@pytest.mark.parametrize("image", ["../../etc/passwd", "banded/../../x.jpg", "/etc/passwd"])
+def test_an_image_outside_of_its_data_set_is_named(tmp_path, image):
+    layouts.dtd(tmp_path, "coop")
+    split = read("DTD", tmp_path)
+    split = dataclasses.replace(split, test=dataclasses.replace(split.test, names=(*split.test.names[:-1], image)))
+    with pytest.raises(DataError, match=f"DTD: test image '{image}' lies outside of .*images. Names are paths below"):
+        check_split("DTD", split, SOURCES["DTD"].classes)
 
 
 def test_an_unknown_variant_is_named(tmp_path):
