@@ -173,13 +173,13 @@ def table(result: dict[str, Any]) -> str:
     lines = [["", *(f"{LEVELS[level]}, {dtype}" for level, dtype in columns), "bytes, float16"]]
     for work, label in WORK.items():
         counts = [cell(*column[:1], work, column[1], "element", 1) for column in columns]
-        lines.append([label, *counts, cell("avx2", work, "float16", "bytes", 1)])
+        lines.append([label, *counts, cell("avx2", work, "float16", "bytes", 0)])
     ranks = [cell(level, "nearest", dtype, "rank", 2) for level, dtype in columns]
     lines.append(["each kept rank, beside that", *ranks, "–"])
     vector, plain = figures["avx2 adamw"], figures["scalar adamw"]
     optimizer = (
         f"The optimizer's step takes {vector['element']:.2f} instructions for a parameter with AVX2, {plain['element']:.1f} "
-        f"in plain C++, and {vector['bytes']:.1f} bytes from memory; for a gate with its proximal step "
+        f"in plain C++, and {vector['bytes']:.0f} bytes from memory; for a gate with its proximal step "
         f"{vector['gate']:.1f} and {plain['gate']:.1f}. Compiled by {result['compiler']}."
     )
     return f"{markdown(lines)}\n\n{optimizer}"

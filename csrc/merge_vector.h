@@ -21,10 +21,7 @@ struct Sums {
     int64_t updated = 0, unchanged = 0;
 };
 
-template <class V>
-[[gnu::noinline, gnu::cold]] void record_not_finite(uint32_t bad, typename V::F sum, TileStats& stats) {
-    alignas(64) float sums[LANES];
-    V::store(F32{}, sums, sum);
+[[gnu::noinline, gnu::cold]] inline void record_not_finite(uint32_t bad, const float* sums, TileStats& stats) {
     for (int lane = 0; lane < LANES; ++lane) {
         if (!(bad >> lane & 1u)) continue;
         stats.not_finite += 1;
@@ -39,7 +36,11 @@ template <class V, class F = typename V::F>
     const uint32_t updated = V::nonzero(delta) & valid, bad = V::not_finite(stored) & valid;
     sums.updated += __builtin_popcount(updated);
     sums.unchanged += __builtin_popcount(updated & V::equal(stored, old));
-    if (__builtin_expect(bad, 0)) record_not_finite<V>(bad, sum, stats);
+    if (__builtin_expect(bad, 0)) {
+        alignas(64) float sums_in_memory[LANES];  // here: GCC 12 copied an argument of type F before it looked at `bad`
+        V::store(F32{}, sums_in_memory, sum);
+        record_not_finite(bad, sums_in_memory, stats);
+    }
     // a product for most vectors and a division for the few that raise the maximum: dividing always took a fifth longer
     if (V::greater(V::abs(gone), V::mul(sums.relative, V::abs(sum)))) {
         sums.relative = V::max(V::ratio(gone, sum), sums.relative);

@@ -62,7 +62,7 @@ def test_a_kept_rank_takes_what_its_products_need(counted, name):
 
 def test_loops_take_what_their_arithmetic_needs(counted):
     assert PARAMETER / MARGIN <= counted["avx2 adamw"]["element"] <= limits(PARAMETER)[1]
-    assert NEAREST <= counted["avx2 nearest float16"]["element"] <= limits(2 * NEAREST)[1]
+    assert NEAREST <= counted["avx2 nearest float16"]["element"] <= limits(1.6 * NEAREST)[1]
 
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name.startswith("avx2")])
