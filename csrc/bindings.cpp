@@ -1,4 +1,4 @@
-// The Python module fastlora._C: addresses, sizes and strides in, reports out. fastlora/ops/merge.py is its one caller.
+// The Python module fastlora._C: addresses, sizes and strides in, reports out. fastlora/ops/ alone calls it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -68,7 +68,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "C++ and CUDA of fastlora: the in-place merge. Use fastlora.ops.merge_.";
+    m.doc() = "C++ and CUDA of fastlora: the merge and the optimizer step. Use fastlora.ops.merge_ and ProxAdamW.";
 
     py::enum_<DType>(m, "DType")
         .value("float32", DType::float32)
@@ -100,8 +100,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     m.def("simd_levels", &simd_levels);
     m.def("check_cpu", &check_cpu, py::arg("items"), py::arg("threads"), py::arg("simd") = "auto", free_gil);
-    bind_prox_adamw(m);
     m.def("merge_cpu", &merge_cpu, py::arg("items"), py::arg("threads"), py::arg("simd") = "auto", free_gil);
+    m.def("prox_adamw_cpu", [](uintptr_t tensors, int64_t count, uintptr_t groups, bool released, uintptr_t kept,
+                               int threads, const std::string& simd) {
+        prox_adamw_cpu(reinterpret_cast<const AdamTensor*>(tensors), count, reinterpret_cast<const AdamGroup*>(groups),
+                       released, reinterpret_cast<int64_t*>(kept), threads, simd);
+    }, py::arg("tensors"), py::arg("count"), py::arg("groups"), py::arg("released"), py::arg("kept"),
+       py::arg("threads"), py::arg("simd") = "auto", free_gil);
 
     // For the tests of merge_core.h: `count` elements from one address to another.
     m.def("round_to", [](DType dtype, uintptr_t source, uintptr_t target, int64_t count, const std::string& simd) {

@@ -13,7 +13,7 @@
 #endif
 
 #include "checks.h"
-#include "merge_rows.h"
+#include "merge_isa.h"
 
 namespace fastlora {
 

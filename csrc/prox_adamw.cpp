@@ -4,8 +4,6 @@
 // state has the same bits. The parameters differ where torch's sqrt, which may be MKL's, is an ulp off.
 #include "prox_adamw.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <exception>
@@ -155,16 +153,6 @@ void prox_adamw_cpu(const AdamTensor* tensors, int64_t count, const AdamGroup* g
         if (t.gate < 0) continue;
         kept[t.gate] = threshold_and_count(t.param, t.numel, float(groups[t.group].kappa), released);
     }
-}
-
-void bind_prox_adamw(pybind11::module_& m) {
-    namespace py = pybind11;
-    m.def("prox_adamw_cpu", [](uintptr_t tensors, int64_t count, uintptr_t groups, bool released, uintptr_t kept,
-                               int threads, const std::string& simd) {
-        prox_adamw_cpu(reinterpret_cast<const AdamTensor*>(tensors), count, reinterpret_cast<const AdamGroup*>(groups),
-                       released, reinterpret_cast<int64_t*>(kept), threads, simd);
-    }, py::arg("tensors"), py::arg("count"), py::arg("groups"), py::arg("released"), py::arg("kept"),
-       py::arg("threads"), py::arg("simd") = "auto", py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastlora

@@ -4,10 +4,6 @@
 #include <cstdint>
 #include <string>
 
-namespace pybind11 {
-class module_;
-}
-
 namespace fastlora {
 
 // One parameter tensor and its state, contiguous float32: a row of the table that fastlora/ops/prox_adamw.py builds.
@@ -32,7 +28,5 @@ struct AdamGroup {
 // simd: "auto", "scalar" or "avx2"; every one gives the same bits, and so does every number of threads.
 void prox_adamw_cpu(const AdamTensor* tensors, int64_t count, const AdamGroup* groups, bool released, int64_t* kept,
                     int threads, const std::string& simd);
-
-void bind_prox_adamw(pybind11::module_& m);
 
 }  // namespace fastlora
