@@ -24,7 +24,7 @@ LAYERS = (
     ("fastlora.adapter_file", "fastlora.base_weights"),
     ("fastlora.journal", "fastlora.journal_entry", "fastlora.merge_files"),
     ("fastlora.continual",),
-    ("fastlora.doctor", "fastlora.cli"),
+    ("fastlora.doctor", "fastlora.cli", "fastlora.__main__"),
 )
 FILES = sorted([*ROOT.glob("fastlora/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
 

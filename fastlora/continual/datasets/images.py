@@ -70,19 +70,24 @@ class LazyImages(Dataset):
         images, labels = self.load([range(len(self))[index]])
         return images[0], int(labels[0])
 
-    def load(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """A batch: images float32 [B, 3, H, W] and labels [B].
+    def load(
+        self, indices: Sequence[int], generator: torch.Generator | None = None, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """A batch, or a part of it: images float32 [B, 3, H, W] and labels [B].
 
         Args:
             generator: of the random crops, drawn in the order of the batch; without one an image always has the same.
+            part: of the batch; of the images before it the sizes alone are read, which their draws depend on.
         Raises:
             ValueError: a file cannot be decoded; it is named.
         """
-        indices = [int(index) for index in indices]
+        before, indices = ([int(index) for index in indices[rows]] for rows in (slice(part.start or 0), part))
         if self.training:
+            for height, width in self._decoder.map(self._size, before if generator else ()):
+                self._transforms.draw(height, width, generator)
             decoded = self._decoder.map(self._decoded, indices)
             boxes = [
-                self._transforms.draw(image, generator or fixed_generator(index))
+                self._transforms.draw(image.height, image.width, generator or fixed_generator(index))
                 for index, image in zip(indices, decoded)
             ]
             pixels = self._decoder.map(self._transforms.cut, decoded, boxes)
@@ -91,12 +96,19 @@ class LazyImages(Dataset):
         return self._transforms.normalise(torch.stack(pixels)), self.labels[indices]
 
     def _decoded(self, index: int) -> Image.Image:
+        return self._opened(index, lambda image: image.convert("RGB"))
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """Height and width, from the header of the file."""
+        return self._opened(index, lambda image: (image.height, image.width))
+
+    def _opened(self, index: int, read: Callable[[Image.Image], Any]) -> Any:
         if self._pixels is not None:
-            return Image.fromarray(np.asarray(self._pixels[index])).convert("RGB")
+            return read(Image.fromarray(np.asarray(self._pixels[index])))
         path = self.folder / self.files[index]
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return read(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"{path} cannot be decoded ({error}). Replace it; --data.verify decode finds all such files beforehand."
