@@ -53,8 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return COMMANDS[name][0](rest) or 0
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)
-        code = 143 if terminated else 130
-        return _fail(f"fastlora {name}", "terminated." if terminated else "interrupted.", code, follows=True)
+        code, message = (143, "terminated.") if terminated else (130, "interrupted.")
+        if terminated and _processes() > 1:
+            message = (
+                "torchrun ended this process, as it does when another one fails (which it tells of below) or when it is "
+                "stopped itself. The same command with --resume goes on from the last finished task."
+            )
+        return _fail(f"fastlora {name}", message, code, follows=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has seen enough
         return 1

@@ -27,7 +27,7 @@ from fastlora.continual.device import find_device
 
 T = TypeVar("T")
 
-_TOLD = "fastlora/error"  # in the store that all processes reach
+_TOLD = "fastlora/error"  # in torchrun's store, which all processes reach
 _SECONDS = 5  # to wait for that store when telling of an error
 
 
@@ -209,12 +209,15 @@ def told_elsewhere(message: str, follows: bool) -> bool:
     Args:
         follows: on an error elsewhere, whichever.
     """
-    try:
-        store, rank, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=_SECONDS)))
-        teller, _, told = store.compare_set(_TOLD, "", f"{rank} {message}").decode().partition(" ")
-    except (RuntimeError, ValueError):  # the store went with the machine that had it
+    if not dist.is_torchelastic_launched():
         return False
-    return int(teller) != rank and (follows or told == message)
+    rank, place = os.environ["RANK"], (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    try:
+        store = dist.TCPStore(*place, wait_for_workers=False, timeout=datetime.timedelta(seconds=_SECONDS))
+        teller, _, told = store.compare_set(_TOLD, "", f"{rank} {message}").decode().partition(" ")
+    except RuntimeError:  # the store went with the machine that had it
+        return False
+    return teller != rank and (follows or told == message)
 
 
 def join(device: str = "auto") -> World:

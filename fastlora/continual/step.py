@@ -44,7 +44,9 @@ class TrainingStep:
         self._method, self._ctx, self._parts = method, ctx, config.accumulate
         self._logit_scale = ctx.model.logit_scale.detach().exp()  # frozen
         self._frozen_texts: dict[int, Tensor] = {}
-        self._scaler = torch.amp.GradScaler(ctx.device.type, enabled=config.dtype == "float16")
+        # gathered rows get their gradient `size` times: at this scale the towers see what those of one process see
+        start = 2.0**16 / ctx.world.size
+        self._scaler = torch.amp.GradScaler(ctx.device.type, init_scale=start, enabled=config.dtype == "float16")
         self._encode_image, self._encode_text = _encoders(config.compile)
 
     def __call__(self, iteration: int, batch: Batch) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
+
+import torch
 
 # imported once, by the process that all others are forked from: a test then starts in milliseconds
 PRELOADED = ["torch.distributed.fsdp", "open_clip", "fastlora.continual.trainer", "continual.conftest"]
@@ -30,18 +31,16 @@ def started(size, work, *arguments):
     """A function that waits for all processes: [(result, "") or (None, error)], error "died" without a word."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
     processes = []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_in_one, args=(theirs, rank, size, port, work, arguments), daemon=True)
+        process = context.Process(target=_in_one, args=(theirs, rank, size, store.port, work, arguments), daemon=True)
         process.start()
         theirs.close()
         processes.append((process, ours))
 
-    def wait():
+    def wait(store=store):
         found = []
         for _, pipe in processes:
             try:
@@ -60,8 +59,7 @@ def started(size, work, *arguments):
 def _in_one(pipe, rank, size, port, work, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import torch
-
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # as conftest.py: memory that nobody wrote holds NaN
     torch.manual_seed(rank)

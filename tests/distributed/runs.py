@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import signal
 
 import torch
 from continual.conftest import tiny_clip, tiny_task, tokenize
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Subset
 
 import fastlora
@@ -267,3 +272,134 @@ def train_and_stop(rank, out, how, ranks, method=CODYRA):
 
 def resume(rank, out, method=CODYRA):
     return train(rank, method, out, {"resume": True})
+
+
+def know_tiny():
+    """The benchmark of seconds for the command line, and no plots."""
+    from cli.tiny import tiny
+
+    from fastlora.continual import benchmarks, report
+
+    benchmarks.BENCHMARKS["tiny"] = benchmarks.Benchmark(tiny, presets={"codyra": {"kappa_max": 0.4}})
+    report.write_report = lambda path: None
+
+
+def command(rank, arguments):
+    """A command of `fastlora`: (exit code, stdout, stderr)."""
+    from fastlora import cli
+
+    know_tiny()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = cli.main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def adapted_clip(dtype=torch.float32, scale=1.0):
+    """Two blocks a tower, whose 12 matrices have updates of rank 3, one of which is dead."""
+    model = tiny_clip(layers=2).to(dtype)
+    fastlora.inject(model, 3, kappa=0.1)
+    generator = torch.Generator().manual_seed(5)
+    for _, adapter in fastlora.adapters(model):
+        adapter.lora_b.data = scale * torch.randn(adapter.lora_b.shape, generator=generator)
+        adapter.gate.data = torch.tensor([0.8, 0.05, -1.2])
+    return model
+
+
+def shard(model, whole_adapters=True):
+    """The first block of each tower by itself, the second one with its tower, whose weights stay gathered after a run."""
+    ignored = set(fastlora.adapter_parameters(model)) if whole_adapters else None
+    mesh = init_device_mesh("cpu", (join("cpu").size,))
+    for tower in (model.transformer, model.visual.transformer):
+        for module in (tower.resblocks[0], tower):
+            fully_shard(module, mesh=mesh, ignored_params=ignored)
+
+
+def full_state(model):
+    """Every entry of the state_dict, gathered."""
+    state = model.state_dict()
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+
+
+def merge_everywhere(rank, dtype, whole_adapters):
+    """merge, and unmerge of the same with residuals, of a sharded model."""
+    torch.manual_seed(rank)
+    join("cpu")
+    model = adapted_clip(dtype)
+    shard(model, whole_adapters)
+    model.encode_image(torch.zeros(1, 3, 16, 16, dtype=dtype))
+    assert not isinstance(model.visual.transformer.resblocks[1].attn.in_proj_weight, DTensor)
+    report = fastlora.merge(model)
+    merged = full_state(model)
+    model = adapted_clip(dtype)
+    shard(model, whole_adapters)
+    merge_and_unmerge(model)
+    return list(report), merged, full_state(model)
+
+
+def merge_and_unmerge(model):
+    """By residuals; the weights are then as they were where no element moved far above its own size."""
+    adapters, residuals = full_state(model), {}
+    fastlora.merge(model, residuals=residuals)
+    with torch.no_grad():
+        for name, adapter in fastlora.adapters(model):
+            adapter._set(*(adapters[f"{name}.{part}"].clone() for part in ("lora_a", "lora_b", "gate")))
+    fastlora.unmerge(model, residuals=residuals)
+
+
+def refuse_to_merge(rank):
+    """The messages of merges that must not happen, and whether a weight changed."""
+    join("cpu")
+    messages = []
+    for break_, options in (
+        (lambda model: model.transformer.resblocks[0].mlp.c_fc.lora_b.data.__setitem__((0, 1), float("nan")), {}),
+        (lambda model: model.transformer.resblocks[1].attn.k.gate.data.__setitem__(0, float("inf")), {}),
+        (lambda model: model.transformer.resblocks[1].attn.k.lora_b.data.__setitem__((31, 0), 1e9), {}),
+        (lambda model: None, {"rounding": "stochastic"}),
+    ):
+        model = adapted_clip(torch.float16)
+        break_(model)
+        shard(model)
+        before = full_state(model)
+        try:
+            fastlora.merge(model, **options)
+            messages.append("")
+        except (RuntimeError, ValueError) as error:
+            after = full_state(model)
+            weights = [key for key in before if not key.endswith(("lora_a", "lora_b", "gate"))]
+            assert all(torch.equal(before[key], after[key]) for key in weights)
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
+def train_by_hand(rank, whole_adapters):
+    """Three steps over the same images in every process, and the merge; None: without FSDP, in one process."""
+    model = adapted_clip()
+    if whole_adapters is not None:
+        join("cpu")
+        shard(model, whole_adapters)
+    optimizer = fastlora.optim.ProxAdamW(model, lr=1e-2)
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    tokens = tokenize(["a b", "c d e", "f"])
+    for step in range(3):
+        loss = (model.encode_image(images) @ model.encode_text(tokens).t()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.kappa = 0.02 * step
+        optimizer.step()
+    state = full_state(model)
+    gates = {key: value.clone() for key, value in state.items() if key.endswith("gate")}
+    fastlora.merge(model)
+    state = full_state(model)
+    weights = {key: value for key, value in state.items() if not key.endswith(("lora_a", "lora_b", "gate"))}
+    return {"gates": gates, "weights": weights}
+
+
+def prune_sharded(rank):
+    join("cpu")
+    model = adapted_clip()
+    shard(model, whole_adapters=False)
+    try:
+        fastlora.prune(model)
+    except ValueError as error:
+        return str(error)
+    return ""
