@@ -15,6 +15,7 @@ from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention, is_attention, refuse_unsupported
 from fastlora.modules.linear import FusedRankLoRALinear
 from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
+from fastlora.sharded import is_sharded, merge_shards
 
 Where = str | Callable[[str, nn.Module], bool] | Sequence[str]
 
@@ -249,12 +250,17 @@ def merge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, **mer
     Args:
         residuals: name -> what rounding has dropped from that adapter's weight so far. An adapter without an entry gets
             one of zeros in the weight's dtype, so start with {} and pass the same dict at every merge; for one byte an
-            element put `fastlora.ops.new_residuals(weights, int8=True)` there first.
+            element put `fastlora.ops.new_residuals(weights, int8=True)` there first. Of a sharded model they are of the
+            rows that this process holds.
         merge_kwargs: passed to `fastlora.ops.merge_` (rounding, seed, check).
+
+    A model whose weights torch's `fully_shard` has dealt out by rows is merged in place in all its processes, which all
+    call this; the bits are those of the whole. Fresh adapters are alike in all of them.
+
     Raises:
         MergeError: some adapter is not finite, or a sum overflows; no weight and no adapter has changed.
     """
-    return _merge_all(merge_, model, residuals, merge_kwargs)
+    return _merge_all(model, residuals, False, merge_kwargs)
 
 
 def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, check: bool = True) -> MergeReport:
@@ -267,13 +273,15 @@ def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, che
         residuals: as `merge` filled them; with them the weights come back bit for bit (see `fastlora.ops.unmerge_`).
     Raises: as `merge`.
     """
-    return _merge_all(unmerge_, model, residuals, {"check": check})
+    return _merge_all(model, residuals, True, {"check": check})
 
 
 def _merge_all(
-    run: Callable[..., MergeReport], model: nn.Module, residuals: dict[str, Tensor] | None, options: dict[str, Any]
+    model: nn.Module, residuals: dict[str, Tensor] | None, undo: bool, options: dict[str, Any]
 ) -> MergeReport:
     found = _adapters_or_raise(model)
+    if is_sharded(model):
+        return merge_shards(model, found, residuals, undo=undo, **options)
     for name, adapter in found.items():
         check_finite_gate(adapter.gate, f"{name}.gate")
     layers = list(found.values())
@@ -282,7 +290,7 @@ def _merge_all(
         fresh = zip(found, weights)
         residuals |= {name: new_residuals([weight])[0] for name, weight in fresh if name not in residuals}
         options = {**options, "residuals": [residuals[name] for name in found]}
-    report = run(
+    report = (unmerge_ if undo else merge_)(
         weights,
         [layer.lora_a for layer in layers],
         [layer.lora_b for layer in layers],

@@ -20,7 +20,7 @@ LAYERS = (
     ),
     ("fastlora.ops",),
     ("fastlora.modules",),
-    ("fastlora.adapt", "fastlora.optim", "fastlora.tune"),
+    ("fastlora.adapt", "fastlora.optim", "fastlora.sharded", "fastlora.tune"),
     ("fastlora.adapter_file", "fastlora.base_weights"),
     ("fastlora.journal", "fastlora.journal_entry", "fastlora.merge_files"),
     ("fastlora.continual",),
