@@ -29,6 +29,7 @@ from fastlora.continual.config import (
 )
 from fastlora.continual.demo import demo_stream
 from fastlora.continual.distributed import join
+from fastlora.continual.step import training_step
 from fastlora.continual.stream import InMemoryImages, Reference, TaskStream
 
 # 24 and 32 images in batches of 7: the fourth has 3, the fifth 4, so that of 4 processes one has none
@@ -272,6 +273,20 @@ def train_and_stop(rank, out, how, ranks, method=CODYRA):
 
 def resume(rank, out, method=CODYRA):
     return train(rank, method, out, {"resume": True})
+
+
+def count_a_step(rank, way):
+    """Bytes of the collectives of a step with 7 images and 3 classes, and the sizes that they follow from."""
+    import many_processes
+
+    trainer, counted = make_trainer(parallel=way, layers=2), {}
+    ctx, source = trainer.begin(1, trainer.stream.tasks[0])
+    batch = source.batch(0)
+    parameters = sum(parameter.numel() for parameter in fastlora.adapter_parameters(ctx.model))
+    sizes = many_processes.counts_of(ctx.model, parameters)
+    with training_step(trainer.method, ctx, trainer.config) as step, many_processes.counting(counted):
+        step(0, batch)
+    return counted, sizes
 
 
 def know_tiny():
