@@ -17,6 +17,7 @@ from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention,
 from fastlora.modules.linear import FusedRankLoRALinear
 from fastlora.modules.quantized import QuantizedRankLoRALinear, format_of, put_requantized, requantized
 from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
+from fastlora.sharded import is_sharded, merge_shards
 
 Where = str | Callable[[str, nn.Module], bool] | Sequence[str]
 
@@ -279,9 +280,14 @@ def merge(
     Args:
         residuals: name -> what rounding has dropped from that adapter's weight so far. An adapter without an entry gets
             one of zeros in the weight's dtype, so start with {} and pass the same dict at every merge; for one byte an
-            element put `fastlora.ops.new_residuals(weights, int8=True)` there first.
+            element put `fastlora.ops.new_residuals(weights, int8=True)` there first. Of a sharded model they are of the
+            rows that this process holds.
         requantize: for adapters over quantised weights, see `QuantizedRankLoRALinear.merge_`.
         merge_kwargs: passed to `fastlora.ops.merge_` (rounding, seed, check).
+
+    A model whose weights torch's `fully_shard` has dealt out by rows is merged in place in all its processes, which all
+    call this; the bits are those of the whole. Fresh adapters are alike in all of them.
+
     Raises:
         MergeError: some adapter is not finite, a sum overflows, or a weight is quantised and `requantize` was not given;
             no weight and no adapter has changed.
@@ -291,11 +297,11 @@ def merge(
     quantized = {name: layer for name, layer in found.items() if isinstance(layer, QuantizedRankLoRALinear)}
     check_untied(model)
     if not quantized:
-        return _merge_all(merge_, found, residuals, merge_kwargs)
+        return _merge_all(model, found, residuals, False, merge_kwargs)
     made = requantized(quantized, requantize)
     plain = {name: layer for name, layer in found.items() if name not in quantized}
     with uninterrupted():
-        merged = _merge_all(merge_, plain, residuals, merge_kwargs) if plain else None
+        merged = _merge_all(model, plain, residuals, False, merge_kwargs) if plain else None
         rows = (*(merged or ()), *put_requantized(quantized, made))
     return MergeReport(lambda: rows, f"{merged.backend}+requantize" if merged else "requantize")
 
@@ -318,15 +324,18 @@ def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, che
             "weights from before the merge."
         )
     check_untied(model)
-    return _merge_all(unmerge_, found, residuals, {"check": check})
+    return _merge_all(model, found, residuals, True, {"check": check})
 
 
 def _merge_all(
-    run: Callable[..., MergeReport],
+    model: nn.Module,
     found: dict[str, RankAdapter],
     residuals: dict[str, Tensor] | None,
+    undo: bool,
     options: dict[str, Any],
 ) -> MergeReport:
+    if is_sharded(model):
+        return merge_shards(model, found, residuals, undo=undo, **options)
     for name, adapter in found.items():
         check_finite_gate(adapter.gate, f"{name}.gate")
     layers = list(found.values())
@@ -337,7 +346,7 @@ def _merge_all(
         options = {**options, "residuals": [residuals[name] for name in found]}
     renewed = [layer.fresh_tensors() for layer in layers]  # before the merge: whatever fails here, nothing has changed
     with uninterrupted():  # an update that is in the weight and in the adapter still would act twice
-        report = run(
+        report = (unmerge_ if undo else merge_)(
             weights,
             [layer.lora_a for layer in layers],
             [layer.lora_b for layer in layers],
@@ -366,9 +375,10 @@ def check_untied(model: nn.Module) -> None:
 
 def check_no_ties(merged: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Raises ValueError where one of `weights` shares memory with one of `merged` and is not merged itself."""
-    memory = {weight.data_ptr(): name for name, weight in merged.items() if not weight.is_meta and weight.numel()}
+    # 0: no memory of its own that Python sees, as that of a meta tensor or of a DTensor
+    memory = {pointer: name for name, weight in merged.items() if (pointer := weight.data_ptr())}
     for name, weight in weights.items():
-        other = None if name in merged or weight.is_meta else memory.get(weight.data_ptr())
+        other = None if name in merged else memory.get(weight.data_ptr())
         if other is not None:
             raise ValueError(
                 f"{other} and {name} are one tensor (tied); a merge into the first would change what the second computes, "

@@ -2,6 +2,9 @@
 
 What goes wrong is told in one message on stderr, with exit code 1, or 2 where the command line is wrong. Ctrl-C
 gives 130, SIGTERM 143; a run directory stays readable.
+
+Under torchrun `train` is one run of all processes: the first prints and writes, and what all of them find wrong is told
+once.
 """
 
 from __future__ import annotations
@@ -50,12 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return COMMANDS[name][0](rest) or 0
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)
-        return _fail(f"fastlora {name}", "terminated." if terminated else "interrupted.", 143 if terminated else 130)
+        code, message = (143, "terminated.") if terminated else (130, "interrupted.")
+        if terminated and _processes() > 1:
+            message = (
+                "torchrun ended this process, as it does when another one fails (which it tells of below) or when it is "
+                "stopped itself. The same command with --resume goes on from the last finished task."
+            )
+        return _fail(f"fastlora {name}", message, code, follows=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has seen enough
         return 1
     except _ERRORS as error:
-        return _fail(f"fastlora {name}", str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1)
+        code, follows = 2 if isinstance(error, UsageError) else 1, getattr(error, "follows", False)
+        return _fail(f"fastlora {name}", str(error) or type(error).__name__, code, follows)
 
 
 def train(argv: Sequence[str]) -> None:
@@ -64,46 +74,69 @@ def train(argv: Sequence[str]) -> None:
         from fastlora.continual.arguments import parse_train
 
         arguments = parse_train(argv)
-    if arguments.dry_run:
-        _print_plan(arguments)
-        return
-    if arguments.out.parent == Path("runs"):
+    together = _processes() > 1
+    if arguments.seeds and together:
+        raise UsageError("--seeds starts processes of its own; under torchrun give one --seed.")
+    if not arguments.dry_run and arguments.out.parent == Path("runs"):
         arguments.out.parent.mkdir(exist_ok=True)
-    if arguments.seeds:
+    if together:
+        _train_together(arguments)
+    elif arguments.dry_run:
+        print(_plan(arguments))
+    elif arguments.seeds:
         _train_seeds(arguments)
-    else:
+    elif _to_be_trained(arguments):
         _train_one(arguments)
 
 
-def _train_one(arguments: TrainArguments) -> None:
-    config, out, resume = arguments.run, arguments.out, arguments.resume
+def _train_together(arguments: TrainArguments) -> None:
+    """As one of the processes that torchrun started; the first alone prints and draws."""
+    from fastlora.continual import distributed
+
+    world = distributed.join(arguments.run.device)
+    if arguments.dry_run:
+        plan = _plan(arguments)
+        if world.first:
+            print(plan)
+    elif world.from_first(lambda: _to_be_trained(arguments)):
+        _train_one(arguments, world.first)
+    distributed.leave(world)
+
+
+def _to_be_trained(arguments: TrainArguments) -> bool:
+    """Whether anything is left to do; looked at before torch and the benchmark take their seconds."""
+    out = arguments.out
     from fastlora.continual.resume import finished_already
     from fastlora.continual.run_dir import check_new_directory, check_run_directory
 
-    # before torch and the benchmark take their seconds
-    if resume and finished_already(out, config):
+    if arguments.resume and finished_already(out, arguments.run):
         print(f"{out} is finished already; nothing was trained.")
         if not (out / "report.html").exists():
             report([str(out)])
         else:
             _print_run(out)
-        return
-    (check_run_directory if resume and out.exists() else check_new_directory)(out)
-    trainer = _trainer(arguments)
+        return False
+    (check_run_directory if arguments.resume and out.exists() else check_new_directory)(out)
+    return True
+
+
+def _train_one(arguments: TrainArguments, first: bool = True) -> None:
+    trainer, out = _trainer(arguments), arguments.out
     with _needs("train", "matplotlib"):
         from fastlora.continual.report import write_report
     try:
         trainer.fit()
     except BaseException:
-        if (out / "manifest.json").exists():
+        if first and (out / "manifest.json").exists():
             print(
                 f"{out} holds the finished tasks; `fastlora report {out}` shows them, and the same command with "
                 "--resume goes on from there.",
                 file=sys.stderr,
             )
         raise
-    write_report(out)
-    _print_run(out)
+    if first:
+        write_report(out)
+        _print_run(out)
 
 
 def _train_seeds(arguments: TrainArguments) -> None:
@@ -127,11 +160,11 @@ def _train_seeds(arguments: TrainArguments) -> None:
         )
 
 
-def _print_plan(arguments: TrainArguments) -> None:
+def _plan(arguments: TrainArguments) -> str:
     trainer = _trainer(arguments)
     from fastlora.continual.dry_run import plan_text
 
-    print(plan_text(trainer.plan()))
+    return plan_text(trainer.plan())
 
 
 def _trainer(arguments: TrainArguments) -> Trainer:
@@ -353,9 +386,24 @@ def _print_run(path: Path) -> None:
     print(f"\nReport: {path / 'report.html'}\nPlots:  {path / 'plots'}")
 
 
-def _fail(who: str, message: str, code: int) -> int:
-    print(f"{who}: {message}", file=sys.stderr)
+def _fail(who: str, message: str, code: int, follows: bool = False) -> int:
+    """follows: on a failure elsewhere, which is what to tell of, where several processes train together."""
+    if _processes() == 1 or not _told_elsewhere(message, code, follows):
+        print(f"{who}: {message}", file=sys.stderr)
     return code
+
+
+def _told_elsewhere(message: str, code: int, follows: bool) -> bool:
+    if code == 2:  # all of them have the same command line
+        return os.environ["RANK"] != "0"
+    from fastlora.continual.distributed import told_elsewhere
+
+    return told_elsewhere(message, follows)
+
+
+def _processes() -> int:
+    """How many torchrun started, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 @contextlib.contextmanager

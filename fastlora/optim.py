@@ -120,6 +120,7 @@ class ProxAdamW(torch.optim.AdamW):
         found = [adapter for _, adapter in adapt.adapters(model) if adapter.gate.numel()]
         if not found:
             return 0
+        found[0].check_whole()
         alive = torch.cat([adapter.gate.detach() != 0 for adapter in found]).cpu()
         masks = alive.split([adapter.gate.numel() for adapter in found])
         ranks = torch.cat([mask.nonzero().flatten() for mask in masks]).to(found[0].gate.device)

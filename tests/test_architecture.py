@@ -21,12 +21,12 @@ LAYERS = (
     ),
     ("fastlora.ops",),
     ("fastlora.modules",),
-    ("fastlora.adapt", "fastlora.optim", "fastlora.tune"),
+    ("fastlora.adapt", "fastlora.optim", "fastlora.sharded", "fastlora.tune"),
     ("fastlora.adapter_file", "fastlora.base_weights"),
     ("fastlora.journal", "fastlora.journal_entry", "fastlora.merge_files"),
     ("fastlora.interop",),
     ("fastlora.continual",),
-    ("fastlora.doctor", "fastlora.cli"),
+    ("fastlora.doctor", "fastlora.cli", "fastlora.__main__"),
 )
 FILES = sorted([*ROOT.glob("fastlora/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastlora.continual.distributed import ALONE, World
 from fastlora.continual.stream import InMemoryImages
 
 
@@ -30,56 +31,69 @@ def batches(data: Dataset, batch_size: int, seed: int, task: int) -> Iterator[tu
 
     Random crops are functions of (seed, task, epoch, place in the epoch) alone, whatever was drawn before.
     """
-    return _ahead(data, _training_order(len(data), batch_size, seed, task))
+    return ((images, labels) for images, labels, _ in parts(data, batch_size, seed, task, ALONE))
 
 
-def in_order(data: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in the order of the data set."""
-    return in_turn(data, torch.arange(len(data)).split(batch_size))
+def parts(data: Dataset, batch_size: int, seed: int, task: int, world: World) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Of each of these batches the part of this process, crops as in the whole, and B."""
+    order = _training_order(len(data), batch_size, seed, task)
+    if world.size == 1:
+        return _ahead(data, ((indices, generator, None) for indices, generator in order))
+    return _ahead(data, ((indices, generator, world.part(len(indices))) for indices, generator in order))
 
 
 def in_turn(data: Dataset, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches at these indices, of images that are not trained on."""
-    return _ahead(data, ((part, None) for part in indices))
+    return ((images, labels) for images, labels, _ in _ahead(data, ((part, None, None) for part in indices)))
 
 
-def gather(data: Dataset, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """The items at `indices` as one batch.
+def in_order(data: Dataset, batch_size: int, rows: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, or those in `rows` (at least one), in the order of the data set."""
+    return in_turn(data, torch.arange(len(data))[rows].split(batch_size))
+
+
+def gather(
+    data: Dataset, indices: Tensor, generator: torch.Generator | None = None, part: slice | None = None
+) -> tuple[Tensor, Tensor]:
+    """The items at `indices` as one batch, or a part of it.
 
     A data set with a method `load` makes the batch itself: `load(indices, generator)`, where the generator is for
-    random crops and None outside of training.
+    random crops and None outside of training. Where several processes train, it is `load(indices, generator, part)`: the
+    items at indices[part], cropped as they are in the whole batch.
     """
+    own = indices if part is None else indices[part]
     if isinstance(data, InMemoryImages):
-        return data.images[indices], data.labels[indices]
+        return data.images[own], data.labels[own]
     if hasattr(data, "load"):
-        return data.load(indices.tolist(), generator)
-    items = [data[i] for i in indices.tolist()]
+        return data.load(indices.tolist(), generator, *(() if part is None else (part,)))
+    items = [data[i] for i in own.tolist()]
     return torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items])
 
 
-def _training_order(
-    images: int, batch_size: int, seed: int, task: int
-) -> Iterator[tuple[Tensor, torch.Generator | None]]:
+def _training_order(images: int, batch_size: int, seed: int, task: int) -> Iterator[tuple[Tensor, torch.Generator]]:
     for epoch in itertools.count():
         for place, indices in enumerate(epoch_order(images, seed, task, epoch).split(batch_size)):
             yield indices, generator_for(seed, "crops", task, epoch, place)
 
 
-def _ahead(data: Dataset, order: Iterator[tuple[Tensor, torch.Generator | None]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `order`; where a data set decodes images, the next one while the last one is worked on."""
+def _ahead(
+    data: Dataset, order: Iterator[tuple[Tensor, torch.Generator | None, slice | None]]
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """The batches of `order`, or the parts of them, and the sizes of the whole; where a data set decodes images, the next
+    one while the last one is worked on."""
     if not hasattr(data, "load"):
-        for indices, generator in order:
-            yield gather(data, indices, generator)
+        for indices, generator, part in order:
+            yield *gather(data, indices, generator, part), len(indices)
         return
     with ThreadPoolExecutor(1, "load") as thread:
         waiting = None
-        for indices, generator in order:
-            following = thread.submit(gather, data, indices, generator)
+        for indices, generator, part in order:
+            following = thread.submit(gather, data, indices, generator, part), len(indices)
             if waiting is not None:
-                yield waiting.result()
+                yield *waiting[0].result(), waiting[1]
             waiting = following
         if waiting is not None:
-            yield waiting.result()
+            yield *waiting[0].result(), waiting[1]
 
 
 def all_labels(data: Dataset) -> Sequence[int]:

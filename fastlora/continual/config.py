@@ -79,7 +79,9 @@ class RunConfig:
         activation_checkpointing: keep the input of each block alone for backward, and compute the rest again.
         compile: no, default or max-autotune: the towers by torch.compile, anew for each task.
         cuda_graph: capture a whole step once per task and replay it, for methods without hooks of their own at each step.
-        eval_batch_size: images per forward pass in evaluation.
+        parallel: how several processes (torchrun) train together: ddp, each with the whole model; or fsdp, each with a
+            share of the frozen weights of the blocks while a task trains. Of one process neither.
+        eval_batch_size: images per forward pass in evaluation, in each process.
         log_every: iterations from one line of log.csv to the next.
         checkpoints: merged weights to keep: last (after the last task), all, or none. The adapters are always kept.
         log_to: where figures go beside log.csv, out of tensorboard and wandb; each needs its package.
@@ -98,6 +100,7 @@ class RunConfig:
     activation_checkpointing: bool = False
     compile: str = "no"
     cuda_graph: bool = False
+    parallel: str = "ddp"
     eval_batch_size: int = 256
     log_every: int = 10
     checkpoints: str = "last"
@@ -118,6 +121,7 @@ class RunConfig:
         check_flag("activation_checkpointing", self.activation_checkpointing)
         check_flag("cuda_graph", self.cuda_graph)
         check_one_of("compile", self.compile, ("no", "default", "max-autotune"))
+        check_one_of("parallel", self.parallel, ("ddp", "fsdp"))
         check_count("eval_batch_size", self.eval_batch_size, "Give the images per forward pass, such as 256.")
         check_count("log_every", self.log_every, "Give the iterations between two lines of the log, such as 10.")
         check_one_of("checkpoints", self.checkpoints, ("last", "all", "none"))
@@ -132,7 +136,7 @@ class RunConfig:
     # how a run is carried out, not what it computes: a resumed run may change them, and differs by rounding at most
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *("device", "backend", "accumulate", "activation_checkpointing", "compile", "cuda_graph"),
-        *("eval_batch_size", "checkpoints", "log_to"),
+        *("parallel", "eval_batch_size", "checkpoints", "log_to"),
         *("data.root", "data.workers", "data.verify"),
         *("data.cache_gb", "data.cache_dir", "data.cache_dir_gb", "data.cache_crops"),
     )

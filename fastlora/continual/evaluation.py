@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlora.continual.batches import in_order
 from fastlora.continual.device import to_device
+from fastlora.continual.distributed import ALONE, World
 from fastlora.continual.features import image_features, text_features
 from fastlora.continual.precision import computing_in
 from fastlora.continual.stream import Task, TaskStream
@@ -49,6 +50,7 @@ def evaluate(
     batch_size: int = 256,
     dtype: torch.dtype = torch.float32,
     model_for: Callable[[nn.Module, int], AbstractContextManager[nn.Module]] | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Classify every test image by the nearest class embedding.
 
@@ -59,6 +61,7 @@ def evaluate(
         dtype: of weights and activations; features and similarities are float32.
         model_for: (model, index) -> context in which the model for data set `index` is there, its text tower included;
             None where one model serves them all. The held-out set is tested with `model` itself.
+        world: processes with the same model, each of which takes a share of the images and prompts; all get the result.
     Raises:
         RuntimeError: the model gives features that are not finite.
     """
@@ -67,51 +70,61 @@ def evaluate(
     model.eval()
     try:
         with contextlib.nullcontext() if model_for else computing_in(dtype, model):
-            heads = None if model_for else [class_embeddings(model, tokenizer, task) for task in stream.tasks]
+            heads = None if model_for else _heads(model, tokenizer, stream, world)
             offset, own_accuracy, union_accuracy, held_out = 0, [], [], None
             for index, task in enumerate(stream.tasks):
                 its_own = model_for(model, index) if model_for else contextlib.nullcontext(model)
                 with its_own as its_model, computing_in(dtype, its_model):
                     its_model.eval()
-                    its_heads = heads or [class_embeddings(its_model, tokenizer, other) for other in stream.tasks]
+                    its_heads = heads or _heads(its_model, tokenizer, stream, world)
                     spaces = [(its_heads[index], 0), (torch.cat(its_heads), offset)]
-                    own, among_all = _accuracies(its_model, task, spaces, batch_size)
+                    own, among_all = _accuracies(its_model, task, spaces, batch_size, world)
                 own_accuracy.append(own)
                 union_accuracy.append(among_all)
                 offset += len(task.classes)
             if stream.held_out is not None:
                 with computing_in(dtype, model):
-                    head = class_embeddings(model, tokenizer, stream.held_out)
-                    (held_out,) = _accuracies(model, stream.held_out, [(head, 0)], batch_size)
+                    head = class_embeddings(model, tokenizer, stream.held_out, world)
+                    (held_out,) = _accuracies(model, stream.held_out, [(head, 0)], batch_size, world)
     finally:
         model.train(training)
     return Evaluation(tuple(own_accuracy), tuple(union_accuracy), held_out, time.perf_counter() - start)
 
 
-def class_embeddings(model: nn.Module, tokenizer: Any, task: Task) -> Tensor:
+def _heads(model: nn.Module, tokenizer: Any, stream: TaskStream, world: World) -> list[Tensor]:
+    return [class_embeddings(model, tokenizer, task, world) for task in stream.tasks]
+
+
+def class_embeddings(model: nn.Module, tokenizer: Any, task: Task, world: World = ALONE) -> Tensor:
     """[C, D], unit rows: normalised mean over the templates of normalised text features."""
     prompts = [template.format(name) for template in task.templates for name in task.classes]
     tokens = cut_context(model, tokenizer(prompts)).to(_device(model))
-    features = torch.cat([text_features(model, part) for part in tokens.split(_PROMPTS_AT_ONCE)])
+    own = tokens[world.part(len(tokens))].split(_PROMPTS_AT_ONCE)
+    features = world.gather(torch.cat([text_features(model, part) for part in own]), len(tokens))
     mean = features.unflatten(0, (len(task.templates), len(task.classes))).mean(dim=0)
     return _finite(F.normalize(mean, dim=-1), f"text features of {task.name!r}")
 
 
-def _accuracies(model: nn.Module, task: Task, heads: list[tuple[Tensor, int]], batch_size: int) -> list[float]:
+def _accuracies(
+    model: nn.Module, task: Task, heads: list[tuple[Tensor, int]], batch_size: int, world: World
+) -> list[float]:
     """Percent correct for each (class embeddings, column of the task's class 0)."""
-    features, labels = _image_features(model, task, batch_size)
-    return [
-        100.0 * int(((features @ head.t()).argmax(dim=-1) == labels + offset).sum()) / len(labels)
-        for head, offset in heads
-    ]
+    total = len(task.test)
+    features, labels = _image_features(model, task, batch_size, world)
+    correct = [((features @ head.t()).argmax(dim=-1) == labels + offset).sum() for head, offset in heads]
+    return [100.0 * count / total for count in world.sum(torch.stack(correct)).tolist()]
 
 
-def _image_features(model: Any, task: Task, batch_size: int) -> tuple[Tensor, Tensor]:
-    device, features, labels = _device(model), [], []
-    for images, targets in in_order(task.test, batch_size):
+def _image_features(model: Any, task: Task, batch_size: int, world: World) -> tuple[Tensor, Tensor]:
+    """Those of this process's share of the images."""
+    total, device, features, labels = len(task.test), _device(model), [], []
+    for images, targets in in_order(task.test, batch_size, world.part(total)):
         features.append(image_features(model, to_device(images, device)))
         labels.append(targets)
-    return _finite(torch.cat(features), f"image features of {task.name!r}"), torch.cat(labels).to(device)
+    share = world.share(total)
+    own = slice(share.stop - share.start)
+    found = _finite(torch.cat(features), f"image features of {task.name!r}")
+    return found[own], torch.cat(labels).to(device)[own]
 
 
 def _finite(features: Tensor, what: str) -> Tensor:

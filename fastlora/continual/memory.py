@@ -169,12 +169,12 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 def out_of_memory(trainer: Trainer, ctx: Any, images: Tensor) -> str:
     """The message when the device's memory ran out in a step: what it takes, the three largest consumers, what helps."""
+    failed = f"memory of {trainer.device} ran out on {len(images)} images a step."
+    advice = "Give --accumulate 4, --activation_checkpointing true, --dtype bfloat16 or a smaller --method.batch_size."
+    if trainer.config.parallel == "fsdp":  # while weights are dealt out nothing can be counted on the model
+        return f"{failed} {advice}"
     weights = size_of(trainer.model.state_dict().values()) - size_of(fastlora.adapter_parameters(trainer.model))
     found = consumers(weights, needs_of(trainer, ctx, images))
     largest = sorted(found, key=found.__getitem__, reverse=True)[:3]
     told = ", ".join(f"{what} {found[what] / 2**20:,.0f} MiB" for what in largest)
-    return (
-        f"memory of {trainer.device} ran out on {len(images)} images a step. Training takes about "
-        f"{sum(found.values()) / 2**20:,.0f} MiB, most of it: {told}. Give --accumulate 4, --activation_checkpointing "
-        "true, --dtype bfloat16 or a smaller --method.batch_size."
-    )
+    return f"{failed} Training takes about {sum(found.values()) / 2**20:,.0f} MiB, most of it: {told}. {advice}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import fastlora
 
@@ -46,7 +47,8 @@ def _frozen(model: nn.Module) -> list[Tensor]:
     found = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         adapted = id(tensor) in adapters and name.rpartition(".")[2] in ("lora_a", "lora_b", "gate")
-        if adapted or not tensor.is_floating_point() or tensor.numel() == 1:
+        # shares of weights were rounded when they were dealt out
+        if adapted or isinstance(tensor, DTensor) or not tensor.is_floating_point() or tensor.numel() == 1:
             continue
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(

@@ -73,7 +73,7 @@ def what_stopped(manifest: Mapping[str, Any]) -> str:
 
 def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """What of the machine and the software is another than in the manifest before: bits may depend on it."""
-    keys = ("versions", "platform", "device", "threads")
+    keys = ("versions", "platform", "device", "threads", "processes")
     return {key: now[key] for key in keys if key in before and before[key] != now[key]}
 
 

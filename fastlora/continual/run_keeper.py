@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from fastlora.continual.config import RunConfig
+from fastlora.continual.distributed import World
 from fastlora.continual.manifest import TOLD_APART, describe
 from fastlora.continual.methods import Method
 from fastlora.continual.record import Record
@@ -26,21 +28,24 @@ from fastlora.journal import Journal
 class RunKeeper:
     """The run directory of a trainer. Without one, nothing is kept and nothing is done.
 
+    Of several processes the first has the directory; the others learn from it where the run stands, and write nothing.
+
     Args:
         out: the directory; None for none.
         config: of the run.
         resume: take up the run that is in `out`, where there is one.
+        world: the processes of the run.
     Raises:
-        FileExistsError, OSError: `out` cannot be made, or is no run to resume.
+        FileExistsError, OSError: `out` cannot be made, or is no run to resume. FirstFailed: so it is in process 0.
     """
 
-    def __init__(self, out: Path | None, config: RunConfig, resume: bool) -> None:
-        self.out, self.config = out, config
-        self._resumes = out is not None and resume and out.exists()
+    def __init__(self, out: Path | None, config: RunConfig, resume: bool, world: World) -> None:
+        self.out, self.config, self._world = out, config, world
+        self._resumes = False
         self._run: RunDir | None = None
         self._hashed = -1, ""  # the last trained task, and the SHA-256 of the weights after it
         if out is not None:
-            (check_run_directory if self._resumes else check_new_directory)(out)
+            self._resumes = world.from_first(lambda: _checked(out, resume))
 
     @property
     def journal(self) -> Journal | None:
@@ -58,12 +63,25 @@ class RunKeeper:
                 adapter file is damaged or of another version. RuntimeError: another process has the directory.
                 OSError: a file is missing, or cannot be written. What was in the directory has not changed.
         """
-        if self.out is None:
+        if self.out is None and self._world.size == 1:
             return None
         manifest = describe(model, stream, device)
-        self._known = {"config": self.config.as_dict(), "device": device.type}
-        self._known |= {"base": fingerprint(model.state_dict()), "data": {key: manifest[key] for key in TOLD_APART}}
+        data = {key: manifest[key] for key in TOLD_APART}
+        self._world.check_same(json.dumps(data), "the classes, prompts or images")
+        if self.out is None:
+            return None
         manifest |= {"method": method.config.name, "seed": self.config.seed, "null_model": method.null_model()}
+        manifest |= {"processes": self._world.size}
+        if self._world.first:
+            self._known = {"config": self.config.as_dict(), "device": device.type}
+            self._known |= {"base": fingerprint(model.state_dict()), "data": data}
+        state = self._world.from_first(lambda: self._open(manifest, model, method, stream))
+        if state is not None and not self._world.first:
+            _load_method(model, method, state)
+        self._world.broadcast_(value for _, value in sorted(model.state_dict().items()))
+        return state
+
+    def _open(self, manifest: dict[str, Any], model: nn.Module, method: Method, stream: TaskStream) -> RunState | None:
         if not self._resumes:
             self._run = RunDir.create(self.out, self._known["config"], manifest)
             return None
@@ -74,7 +92,8 @@ class RunKeeper:
             run.close()
             raise
         self._run = run
-        return state
+        # the weights are in the model now
+        return None if state is None else dataclasses.replace(state, model={})
 
     def resumed(self) -> dict[str, Any]:
         """after_tasks and stopped: where the run was taken up, and how it had ended."""
@@ -156,6 +175,17 @@ def _load_state(model: nn.Module, method: Method, run: RunDir, state: RunState) 
             f"the weights that {run.path} gives are not those that {run.state_path} was written with, so a file in it "
             "is of another run. Restore the directory from a copy, or train again with another --out."
         )
+    _load_method(model, method, state)
+
+
+def _load_method(model: nn.Module, method: Method, state: RunState) -> None:
     method.load_state_dict(state.method)
     if state.trained:
         method.attach(model)
+
+
+def _checked(out: Path, resume: bool) -> bool:
+    """Whether there is a run in `out` to take up; raises where there can neither be one nor is one."""
+    resumes = resume and out.exists()
+    (check_run_directory if resumes else check_new_directory)(out)
+    return resumes

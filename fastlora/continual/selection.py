@@ -134,7 +134,7 @@ def starts(seed: int, tasks: int, draws: str) -> list[tuple[str, Start]]:
 
 def kept_components(run: RunConfig, start: Start) -> Kept:
     """Train one task from `start` on the plain model; what survives."""
-    config = dataclasses.replace(run, seed=start.data, log_to=())
+    config = dataclasses.replace(run, seed=start.data, log_to=(), parallel="ddp")
     loaded = benchmark(run.benchmark).load(config)
     given = loaded.stream.tasks[start.task]
     # nobody looks at the accuracies here: one test image is enough

@@ -18,6 +18,7 @@ from fastlora.continual.annealing import cosine
 from fastlora.continual.batches import generator_for
 from fastlora.continual.config import CoDyRAConfig, MethodConfig, RunConfig
 from fastlora.continual.device import find_device
+from fastlora.continual.distributed import join
 from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
 from fastlora.continual.graphed_step import GraphedStep, check_capture
@@ -25,6 +26,7 @@ from fastlora.continual.loggers import Loggers
 from fastlora.continual.memory import out_of_memory
 from fastlora.continual.methods import TaskContext, build_method
 from fastlora.continual.methods.distillation import Distillation, check_reference, distils
+from fastlora.continual.parallel import check_parallel
 from fastlora.continual.precision import DTYPES, check_dtype
 from fastlora.continual.progress import Progress
 from fastlora.continual.record import RankEntry, Record
@@ -42,6 +44,9 @@ class Trainer:
 
         record = Trainer(model, tokenizer, stream, CoDyRAConfig(), seed=0, out="runs/mine").fit()
 
+    Where torchrun started several processes, each builds the same trainer, and they share the work of every batch and
+    evaluation: the run is that of one process but for rounding. Process 0 writes and prints; all return the record.
+
     Args:
         model: an open_clip model; changed in place. After `fit` it is a plain model with every task merged.
         tokenizer: list of texts -> [n, context] integers.
@@ -57,7 +62,8 @@ class Trainer:
             Where `out` holds no finished task, the run starts from the beginning.
         options: further fields of RunConfig (device, backend, dtype, accumulate, eval_batch_size, checkpoints, ...).
     Raises:
-        ValueError: an option is out of range. FileExistsError, OSError: `out` cannot be made, or is no run to resume.
+        ValueError: an option is out of range, or does not go with another, or with several processes.
+        FileExistsError, OSError: `out` cannot be made, or is no run to resume.
     """
 
     def __init__(
@@ -80,19 +86,23 @@ class Trainer:
         check_dtype(self.config.dtype, self.method.adapters_alone, self.config.method.name)
         if distils(self.config.method):
             check_reference(self.config.method, stream, images=self.config.method.distil_on == "reference")
-        self.device = find_device(self.config.device)
+        self.world = join(self.config.device)
+        check_parallel(self.config, self.method, self.world)
+        self.device = find_device(self.config.device, self.world.local_rank)
         if self.config.cuda_graph:
             check_capture(self.config, self.method, self.device)
         self.model: Any = model.to(self.device)
         self.tokenizer, self.stream = tokenizer, stream
         self.record = Record([task.name for task in stream.tasks])
         self.out = None if out is None else Path(out)
-        self._keeper = RunKeeper(self.out, self.config, resume)
+        self._keeper = RunKeeper(self.out, self.config, resume, self.world)
         self._trained = 0
+        self.world.broadcast_(self.model.state_dict().values())
         self._drift = Drift(self.model)
         self._spent = {"train": 0.0, "evaluate": 0.0}
-        self._progress = Progress(self.config.method.name, progress)
-        self._loggers, self._steps = Loggers(self.config.log_to, self.out, self.config.as_dict()), 0
+        self._progress = Progress(self.config.method.name, progress and self.world.first)
+        log_to = self.config.log_to if self.world.first else ()
+        self._loggers, self._steps = Loggers(log_to, self.out, self.config.as_dict()), 0
 
     def fit(self) -> Record:
         """Train on every task of the stream, once.
@@ -102,7 +112,7 @@ class Trainer:
         Raises:
             FloatingPointError: the loss is not finite; the message names the step.
             ValueError: the run to resume was started with another configuration, benchmark or model.
-            RuntimeError: another process has the run directory.
+            RuntimeError: another run has the directory; or of several processes one was lost, or computes otherwise.
             KeyboardInterrupt: passed on. After this and any other error the model is the plain one after the last
                 finished task, and the run directory can be resumed from there.
         """
@@ -141,8 +151,8 @@ class Trainer:
         if state is not None:
             self.record, self._trained = state.record, state.trained
             self._spent, self._steps = dict(state.seconds), state.steps
-            done, tasks, resumed = state.record.finished_tasks, len(self.stream), self._keeper.resumed()
-            self._progress.line(f"resumed after task {done}/{tasks}; before, the run was {resumed['stopped']}")
+            done, tasks, stopped = state.record.finished_tasks, len(self.stream), self._keeper.resumed().get("stopped")
+            self._progress.line(f"resumed after task {done}/{tasks}; before, the run was {stopped}")
 
     def _commit(self) -> None:
         place = {"record": self.record, "trained": self._trained, "seconds": self._spent, "steps": self._steps}
@@ -170,11 +180,11 @@ class Trainer:
         """Open the data of task `number` and make the model ready for its first step."""
         config = self.method.config
         tasks, data, numbers = open_data(self.stream, number, self.method.joint)
-        source = TrainingData(
-            tasks, data, numbers, self.model, self.tokenizer, config.batch_size, self.config.seed, self.device
-        )
+        shared = config.batch_size, self.config.seed, self.device, self.world
+        source = TrainingData(tasks, data, numbers, self.model, self.tokenizer, *shared)
         ctx = self._context(number, task, data[0])
-        torch.manual_seed(generator_for(self.config.seed, "dropout", number).initial_seed())
+        own = () if self.world.first else (self.world.rank,)  # other rows, other draws
+        torch.manual_seed(generator_for(self.config.seed, "dropout", number, *own).initial_seed())
         if distils(config):
             ctx.distillation = Distillation(ctx, config)
             ctx.distillation.teacher.to(DTYPES[self.config.dtype])
@@ -205,6 +215,8 @@ class Trainer:
                     self._log(ctx, losses)
                     losses.clear()
 
+        trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        self.world.check_equal(trained, f"after task {number} ({task.name}) the trained parameters")
         ranks = self.method.end_task(ctx)
         if ranks is not None:
             rank = getattr(config, "rank", 0)
@@ -213,7 +225,8 @@ class Trainer:
 
     def _step(self, step: Any, iteration: int, batch: Batch, ctx: TaskContext) -> Tensor:
         try:
-            return step(iteration, batch)
+            with self.world.reaching():
+                return step(iteration, batch)
         except torch.OutOfMemoryError as error:
             reason = error.with_traceback(None)  # the frames of the step hold what it computed
         raise RuntimeError(out_of_memory(self, ctx, batch.images)) from reason
@@ -234,6 +247,7 @@ class Trainer:
             device=self.device,
             base=self._drift.start,
             fixed_shapes=self.config.fixes_shapes,
+            world=self.world,
         )
 
     def _evaluate(self, what: str, known: Evaluation | None = None) -> Evaluation:
@@ -245,8 +259,10 @@ class Trainer:
                 batch_size=self.config.eval_batch_size,
                 dtype=DTYPES[self.config.dtype],
                 model_for=self.method.evaluation_model if self.method.per_dataset else None,
+                world=self.world,
             )
             drift = self._drift.norm(self.model)
+        self.world.check_same((drift, result.own, result.union), f"{what}, the weights and accuracies")
         self.record.add(result.own, result.union, result.held_out, drift)
         self._commit()
         self._keeper.write_record(self.record, self._spent)
@@ -277,5 +293,5 @@ class Trainer:
         self._keeper.append_log((ctx.number, iteration, loss, lr, kappa, active_rank))
         figures = {"loss": loss, "lr": lr, "kappa": kappa, "active_rank": active_rank}
         self._loggers.scalars(self._steps, {f"train/{name}": value for name, value in figures.items()})
-        images = len(ctx.step["images"])
+        images = len(ctx.step["labels"])
         self._progress.step(iteration + 1, images=images, loss=loss, kappa=kappa, rank=active_rank)

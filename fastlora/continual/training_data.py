@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastlora.continual.batches import batches
+from fastlora.continual.batches import parts
 from fastlora.continual.device import to_device
+from fastlora.continual.distributed import ALONE, World
 from fastlora.continual.stream import Task, TaskStream
 from fastlora.continual.text import cut_context
 
 
 class Batch(NamedTuple):
-    """Images [B, 3, H, W], labels [B] and prompt tokens [C, L] of one task, on the device; source counts from 0."""
+    """Images [B, 3, H, W], labels [B] and prompt tokens [C, L] of one task, on the device; source counts from 0.
+
+    Where several processes train, images are the `World.part` of this one; labels and prompts are those of all rows.
+    """
 
     images: Tensor
     labels: Tensor
@@ -31,6 +35,8 @@ class TrainingData:
         data: their training data, in the same order.
         numbers: their numbers in the stream, from 1; the order of a task's images follows from its number.
         model, tokenizer: for the prompts, which are cut to the longest of their task.
+        batch_size: images of a whole batch.
+        world: the processes that share each batch.
     Attributes:
         sizes: number of images by task.
     """
@@ -45,21 +51,23 @@ class TrainingData:
         batch_size: int,
         seed: int,
         device: torch.device,
+        world: World = ALONE,
     ) -> None:
         self.sizes = [len(part) for part in data]
-        self._device = device
-        self._batches = [batches(part, batch_size, seed, number) for part, number in zip(data, numbers)]
+        self._device, self._world = device, world
+        self._parts = [parts(each, batch_size, seed, number, world) for each, number in zip(data, numbers)]
         self._prompts = [prompts(task, model, tokenizer).to(device) for task in tasks]
 
     def __len__(self) -> int:
         """Number of tasks that take turns."""
-        return len(self._batches)
+        return len(self._parts)
 
     def batch(self, iteration: int) -> Batch:
         """The next batch; iterations count up from 0."""
         source = iteration % len(self)
-        images, labels = (to_device(part, self._device) for part in next(self._batches[source]))
-        return Batch(images, labels, self._prompts[source], source)
+        images, labels, size = next(self._parts[source])
+        images, labels = to_device(images, self._device), to_device(labels, self._device)
+        return Batch(images, self._world.gather(labels, size), self._prompts[source], source)
 
 
 def prompts(task: Task, model: Any, tokenizer: Any) -> Tensor:

@@ -90,10 +90,14 @@ class RankAdapter(nn.Module):
             self._set(*(own.new_zeros(shape) for own, shape in zip((self.lora_a, self.lora_b, self.gate), shapes)))
 
     def _set(self, lora_a: Tensor, lora_b: Tensor, gate: Tensor) -> None:
-        empty = [p.data.new_empty(0, dtype=torch.float64) for p in (self.lora_a, self.lora_b, self.gate)]
+        parameters = (self.lora_a, self.lora_b, self.gate)
+        empty = [p.data.new_empty(0, dtype=torch.float64) for p in parameters]
         with uninterrupted():  # three tensors of one rank
-            for parameter, nothing, value in zip((self.lora_a, self.lora_b, self.gate), empty, (lora_a, lora_b, gate)):
+            for parameter, nothing, value in zip(parameters, empty, (lora_a, lora_b, gate)):
                 parameter.grad = None
+                if hasattr(parameter, "device_mesh"):
+                    _set_shard(parameter, value)
+                    continue
                 # by way of another dtype: only that makes autograd forget the shape it noted for a graph still alive
                 parameter.data = nothing
                 parameter.data = value
@@ -113,6 +117,10 @@ class RankAdapter(nn.Module):
         # is_compiling comes first: a graph that read the flag would be compiled again when it changes
         on_device = torch.compiler.is_compiling() or self._thresholded or self.gate.is_cuda
         return self._kappa if on_device else 0.0
+
+    def weight_rows(self) -> tuple[Tensor, int]:
+        """The parameter that holds `weight`, and the first of its rows that are the weight's."""
+        return self.weight, 0
 
     def drops_out(self) -> bool:
         """Whether dropout acts on this call."""
@@ -145,13 +153,22 @@ class RankAdapter(nn.Module):
         Returns:
             The kept rank; 0 is legal, and leaves the frozen layer alone at work.
         Raises:
-            ValueError: a gate is not finite; nothing is dropped.
+            ValueError: a gate is not finite, or the adapter is sharded; nothing is dropped.
         """
+        self.check_whole()
         check_finite_gate(self.gate)
         keep = self.gate.abs() > self._kappa_value
         if not bool(keep.all()):
             self.keep_ranks_(keep.nonzero().flatten())
         return self.gate.numel()
+
+    def check_whole(self) -> None:
+        """Raises ValueError where the adapter's parameters are shared among processes (DTensor)."""
+        if hasattr(self.gate, "device_mesh"):
+            raise ValueError(
+                "the adapter is sharded, and ranks are dropped from whole ones alone. Give fully_shard "
+                "ignored_params=set(fastlora.adapter_parameters(model))."
+            )
 
     @torch.no_grad()
     def keep_ranks_(self, ranks: Tensor) -> None:
@@ -196,8 +213,9 @@ class RankAdapter(nn.Module):
         gate = torch.ones(self.rank)
         if self.gate_init == "normal":
             gate.normal_(generator=generator)
-        lora_b = self.lora_b.new_zeros(self.out_features, self.rank)
-        return lora_a.to(self.lora_a), lora_b, gate.to(self.gate)
+        values = zip((lora_a, torch.zeros(self.out_features, self.rank), gate), (self.lora_a, self.lora_b, self.gate))
+        lora_a, lora_b, gate = (value.to(parameter.device, parameter.dtype) for value, parameter in values)
+        return lora_a, lora_b, gate
 
     def extra_repr(self) -> str:
         kept = self.gate.numel()
@@ -206,3 +224,12 @@ class RankAdapter(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, {rank}, kappa={self.kappa:g}, "
             f"scaling={self.scaling:g}, backend={self.backend!r}"
         )
+
+
+@torch.no_grad()
+def _set_shard(parameter: Any, value: Tensor) -> None:
+    """Into the share of a DTensor that this process holds, in place: the memory belongs to what dealt it out."""
+    from torch.distributed.tensor import distribute_tensor
+
+    share = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(share.to_local())

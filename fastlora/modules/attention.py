@@ -44,6 +44,9 @@ class PackedProjection(RankAdapter):
         """[d, d], a view of the packed weight."""
         return self._attention.in_proj_weight[self._rows]
 
+    def weight_rows(self) -> tuple[Tensor, int]:
+        return self._attention.in_proj_weight, self._rows.start
+
     @property
     def bias(self) -> Tensor | None:
         """[d], a view of the packed bias, or None."""

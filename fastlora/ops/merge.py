@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def merge_(
     seed = check_rounding(rounding, residuals, seed)
     if rounding == "stochastic" and seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
-    return _run(check_merge(weights, lora_as, lora_bs, gates, scaling, names, residuals), seed, check)
+    return run_jobs(check_merge(weights, lora_as, lora_bs, gates, scaling, names, residuals), seed, check)
 
 
 def unmerge_(
@@ -99,7 +99,7 @@ def unmerge_(
     """
     check_rounding("nearest", residuals, None)
     jobs = check_merge(weights, lora_as, lora_bs, gates, scaling, names, residuals)
-    return _run([job.negated() for job in jobs], None, check)
+    return run_jobs([job.negated() for job in jobs], None, check)
 
 
 def new_residuals(weights: Sequence[Tensor], *, int8: bool = False) -> list[Tensor]:
@@ -114,7 +114,19 @@ def new_residuals(weights: Sequence[Tensor], *, int8: bool = False) -> list[Tens
     return [torch.zeros_like(weight, requires_grad=False, **kind) for weight in weights]
 
 
-def _run(jobs: Sequence[MergeJob], seed: int | None, check: bool) -> MergeReport:
+def run_jobs(
+    jobs: Sequence[MergeJob],
+    seed: int | None,
+    check: bool,
+    told: Sequence[MergeJob] | None = None,
+    of_all: Callable[[Sequence[Counts]], Sequence[Counts]] = lambda counts: counts,
+) -> MergeReport:
+    """Check jobs and carry them out.
+
+    Args:
+        told: what report and errors speak of in place of the jobs: the whole weights, of which jobs have shards.
+        of_all: makes the figures of the whole from those of the shards.
+    """
     groups: dict[str, list[int]] = {}
     for i, job in enumerate(jobs):
         groups.setdefault(f"native {job.weight.device}" if serves(job.weight) else "torch", []).append(i)
@@ -124,12 +136,12 @@ def _run(jobs: Sequence[MergeJob], seed: int | None, check: bool) -> MergeReport
     ]
     with _turn:  # the check too: it tells of the weights as they are then
         if check:
-            raise_bad(jobs, _in_order(jobs, [(members, runner.check()) for members, runner in runners]))
+            raise_bad(told or jobs, of_all(_in_order(jobs, [(members, runner.check()) for members, runner in runners])))
         pending = [(members, runner.merge()) for members, runner in runners]
 
     def read() -> tuple[ModuleMerge, ...]:
-        counts = _in_order(jobs, [(members, read_group()) for members, read_group in pending])
-        return tuple(module_merge(job, each) for job, each in zip(jobs, counts))
+        counts = of_all(_in_order(jobs, [(members, read_group()) for members, read_group in pending]))
+        return tuple(module_merge(job, each) for job, each in zip(told or jobs, counts))
 
     backend = "+".join(sorted({runner.kind for _, runner in runners})) or "none"
     report = MergeReport(read, backend, seed)

@@ -32,10 +32,12 @@ def soft_threshold(v: Tensor, kappa: float | Tensor, *, operator: str = "exact")
 def soft_threshold_(gates: Sequence[Tensor], kappa: float, *, operator: str = "exact") -> None:
     """Proximal step in place on every tensor of `gates`, which share device and dtype.
 
-    The gates of a model are many and tiny, so they are thresholded as one concatenated vector: a few ops for all.
+    The gates of a model are many and tiny, so they are thresholded as one concatenated vector: a few ops for all. Of
+    sharded ones (DTensor) each process thresholds its share.
     """
     check_operator(operator)
     check_kappa(kappa)
+    gates = [gate.to_local() if hasattr(gate, "to_local") else gate for gate in gates]
     gates = [gate for gate in gates if gate.numel()]
     if kappa == 0 or not gates:
         return

@@ -2,7 +2,17 @@ import threading
 
 import torch
 
-from fastlora.continual.batches import all_labels, batches, epoch_order, gather, generator_for, in_turn
+from fastlora.continual.batches import (
+    all_labels,
+    batches,
+    epoch_order,
+    gather,
+    generator_for,
+    in_order,
+    in_turn,
+    parts,
+)
+from fastlora.continual.distributed import World
 from fastlora.continual.stream import InMemoryImages
 
 
@@ -84,3 +94,21 @@ def test_the_next_batch_is_made_while_one_is_worked_on():
     assert data.second.wait(10) and len(data.loads) == 2
     got = [first, *stream]
     assert [labels.tolist() for _, labels in got] == data.loads == [[3, 1], [9], [0, 4]]
+
+
+def test_processes_have_the_parts_of_the_same_batches():
+    """Batches of 4, 4 and 2 images in 3 processes; in the last of them the third has image 0 to compute on, too."""
+    data = numbered(10)
+    for each in (data, OneByOne(data)):
+        whole = batches(each, 4, seed=3, task=1)
+        streams = [parts(each, 4, 3, 1, World(rank, 3)) for rank in range(3)]
+        for size in (4, 4, 2, 4):
+            images, labels = next(whole)
+            for rank, (own_images, own_labels, told) in enumerate(map(next, streams)):
+                part = World(rank, 3).part(size)
+                assert told == size and torch.equal(own_labels, labels[part]) and torch.equal(own_images, images[part])
+
+
+def test_rows_of_a_data_set():
+    found = [labels.tolist() for _, labels in in_order(numbered(10), 4, slice(3, 9))]
+    assert found == [[3, 4, 5, 6], [7, 8]]

@@ -102,25 +102,40 @@ class LazyImages(Dataset):
         """What an image takes on disk beside its file, each random crop for itself; 0 where nothing is kept."""
         return 0 if self._disk is None else entry_bytes(*self._transforms.size)
 
-    def load(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """A batch: images float32 [B, 3, H, W] and labels [B].
+    def load(
+        self, indices: Sequence[int], generator: torch.Generator | None = None, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """A batch, or a part of it: images float32 [B, 3, H, W] and labels [B].
 
         Args:
             generator: of the random crops, drawn in the order of the batch; without one an image always has the same.
+            part: of the batch; of the images before it the sizes alone are read, which their draws depend on.
         Raises:
             ValueError: a file cannot be decoded; it is named.
         """
-        indices = [int(index) for index in indices]
+        before, indices = ([int(index) for index in indices[rows]] for rows in (slice(part.start or 0), part))
         if self.training:
+            for height, width in self._decoder.map(self._size, before if generator else ()):
+                self._transforms.draw(height, width, generator)
             opened = self._decoder.map(self._opened, indices)
             boxes = [
-                self._transforms.draw(image, generator or fixed_generator(index))
+                self._transforms.draw(image.height, image.width, generator or fixed_generator(index))
                 for index, (image, _) in zip(indices, opened)
             ]
             pixels = self._decoder.map(self._prepared, indices, opened, boxes)
         else:
             pixels = self._decoder.map(self._fitted, indices)
         return self._transforms.normalise(torch.stack(pixels)), self.labels[indices]
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """Height and width."""
+        if self._pixels is not None:
+            height, width = np.asarray(self._pixels[index]).shape[:2]
+            return height, width
+        with self._decoding(index), Image.open(self.folder / self.files[index]) as image:
+            if image.format not in _SIZE_IN_HEADER:
+                image.load()
+            return image.height, image.width
 
     def _fitted(self, index: int) -> Tensor:
         kept = self._cached.get(index)

@@ -62,9 +62,9 @@ class Transforms:
             tuple(normalize.std),
         )
 
-    def draw(self, image: Image.Image, generator: torch.Generator) -> Box:
+    def draw(self, height: int, width: int, generator: torch.Generator) -> Box:
         """The random crop of a training image."""
-        return random_box(image.height, image.width, self.scale, self.ratio, generator)
+        return random_box(height, width, self.scale, self.ratio, generator)
 
     def cut(self, image: Image.Image, box: Box) -> Tensor:
         """uint8 [3, H, W]: the box, resized to the model's input."""

@@ -16,6 +16,7 @@ from fastlora.adapt import RankReport
 from fastlora.continual.batches import generator_for
 from fastlora.continual.config import MethodConfig
 from fastlora.continual.configs.base import AdapterConfig
+from fastlora.continual.distributed import ALONE, World
 from fastlora.continual.stream import Reference, Task, TaskStream
 from fastlora.journal import Journal
 from fastlora.optim import ProxAdamW
@@ -33,7 +34,8 @@ class TaskContext:
         seen_classes: number of classes of the earlier tasks.
         journal: takes the task's adapters; None when nothing is kept.
         optimizer: steps and anneals; the lr of each of its groups is the one at the first step of the task.
-        step: iteration (from 0), images, labels, image_features, text_features and loss of the step in work.
+        step: iteration (from 0), labels, image_features, text_features and loss of the step in work; images, where
+            several processes train those of this one alone (`world.gather` brings together what is computed from them).
         earlier: the tasks before this one (names, classes and templates; their training data is gone).
         train: training data of the current task, for methods that look at it before the first step.
         reference: the stream's images and texts of no task; None where it has none.
@@ -42,6 +44,7 @@ class TaskContext:
         base: parameters of the model before the first task by name, on the CPU; not to be written to.
         distillation: the loss of config.distillation; None where that is 0.
         fixed_shapes: adapters keep their shapes during the task, whatever dies; see RunConfig.fixes_shapes.
+        world: the processes that train together. What a hook does, all do alike, and gradients are averaged over them.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class TaskContext:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     distillation: Any = None
     fixed_shapes: bool = False
+    world: World = ALONE
 
 
 class Method:

@@ -61,7 +61,8 @@ class Distillation:
         if config.distil_on == "task":
             student_images = ctx.step["image_features"]
             with torch.no_grad():
-                teacher_images = image_features(self.teacher, ctx.step["images"])
+                own = image_features(self.teacher, ctx.step["images"])
+                teacher_images = ctx.world.gather(own, len(ctx.step["labels"]))
         else:
             images = next(self.draws["images"])
             teacher_images = self.features["images"][images.to(ctx.device)]

@@ -50,7 +50,8 @@ class LwF(FullFineTuning):
         if self.config.text_features == "student":
             student_texts = text_features(ctx.model, self.old_prompts)
         with torch.no_grad():
-            features = image_features(self.teacher, ctx.step["images"])
+            own = image_features(self.teacher, ctx.step["images"])
+            features = ctx.world.gather(own, len(ctx.step["labels"]))
         scale = ctx.model.logit_scale.detach().exp()
         teacher = scale * features @ self.teacher_texts.t()  # [B, C]
         student = scale * ctx.step["image_features"] @ student_texts.t()

@@ -105,6 +105,21 @@ def test_a_batch_is_a_function_of_its_place(make):
     assert torch.equal(second[0], again[0]) and torch.equal(second[1], again[1])
 
 
+def test_a_part_of_a_batch_has_the_crops_of_the_whole(make, folder):
+    """Of the images before it the headers are read, those behind it are left alone."""
+    data, indices = make(training=True), [3, 0, 4, 1, 5]
+    images, labels = data.load(indices, torch.Generator().manual_seed(7))
+    path = folder / "0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    (folder / "5.png").unlink()
+    found = data.load(indices, torch.Generator().manual_seed(7), slice(2, 4))
+    assert torch.equal(found[0], images[2:4]) and torch.equal(found[1], labels[2:4])
+    with pytest.raises(ValueError, match=r"[05].png cannot be decoded"):
+        data.load(indices, torch.Generator().manual_seed(7))
+    plain = make()
+    assert torch.equal(plain.load([1, 2, 3], None, slice(1, 2))[0], plain.load([2])[0])
+
+
 def test_training_images_without_a_generator_are_always_the_same(make):
     data = make(training=True)
     assert torch.equal(data[3][0], data.load([5, 3])[0][1]) and torch.equal(data[3][0], data[3][0])
