@@ -3,8 +3,8 @@
     python bench/many_processes.py run --out bench/results/many_processes.json     CPU, quiet, two minutes
     python bench/many_processes.py show --docs docs/distributed.md                 the tables of the page
 
-A step of CoDyRA on the embedded CLIP, one thread a process, the same global batch whatever their number. With more
-processes than cores they share them. The time is the wall time of process 0, median over the steps.
+A step of CoDyRA on the embedded CLIP and random images, one thread a process, the same global batch whatever their number.
+With more processes than cores they share them. The time is the wall time of process 0, median over the steps.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ RESULT = Path(__file__).parent / "results" / "many_processes.json"
 MODEL, RANK, IMAGES, CLASSES = "ViT-B-16", 16, 64, 100  # of the table of bytes
 SIZES = (1, 2, 4)
 BATCH, STEPS, WARM_UP = 64, 20, 3
+NAMES = ("circle", "square", "star")
 MARKS = ("<!-- volume -->", "<!-- end of volume -->"), ("<!-- steps -->", "<!-- end of steps -->")
 
 
@@ -147,18 +148,21 @@ def _steps(place: dict[str, str], way: str, steps: int, answers: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from fastlora.continual import CoDyRAConfig, Trainer
-    from fastlora.continual.benchmarks import benchmark
-    from fastlora.continual.config import RunConfig
+    import fastlora
+    from fastlora.continual import CoDyRAConfig, InMemoryImages, Task, TaskStream, Trainer
     from fastlora.continual.distributed import leave
     from fastlora.continual.step import training_step
 
-    config = RunConfig(method=CoDyRAConfig(batch_size=BATCH), device="cpu", parallel=way.replace("alone", "ddp"))
-    trainer = Trainer(*benchmark("demo").load(config), config=config, progress=False)
+    pixels = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = InMemoryImages(pixels, torch.arange(BATCH) % len(NAMES))
+    stream = TaskStream("steps", [Task("shapes", NAMES, ("a photo of a {}",), images, images)])
+    demo, config = fastlora.open_clip_demo(), CoDyRAConfig(batch_size=BATCH)
+    options = {"device": "cpu", "parallel": way.replace("alone", "ddp"), "progress": False}
+    trainer = Trainer(demo.model, demo.tokenizer, stream, config, **options)
     ctx, source = trainer.begin(1, trainer.stream.tasks[0])
     taken: list[float] = []
     exchanged: dict[str, int] = {}
-    with training_step(trainer.method, ctx, config) as step:
+    with training_step(trainer.method, ctx, trainer.config) as step:
         for iteration in range(WARM_UP + steps):
             start = time.perf_counter()
             step(iteration, source.batch(iteration))

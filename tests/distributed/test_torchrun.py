@@ -34,6 +34,7 @@ def torchrun(*arguments, **environment):
     return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line.startswith("fastlora")]
 
 
+@pytest.mark.slow
 def test_a_killed_process_and_resume_in_one(tmp_path, capsys, monkeypatch):
     """As users see it: what is finished is printed once, the others stop with one message, one process goes on."""
     out = tmp_path / "run"

@@ -25,6 +25,7 @@ def test_equals_one_process(size, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_every_kind_of_loss_and_hook():
     """With 3 processes a share of a batch is 2 or 3 images of 7, and 1 or 0 of what is left at the end of an epoch."""
     expected = runs.train_all(0)
@@ -34,6 +35,15 @@ def test_every_kind_of_loss_and_hook():
         runs.assert_same_bits(each)
         runs.assert_same_run(each[0], expected[name])
         assert runs.relative(each[0]["kept"], expected[name]["kept"]) < 1e-4 or name == "inputs of layers"
+
+
+def test_half_precision_starts_at_the_same_scale():
+    """In float16 gradients overflow, and steps are skipped, where they are in one process."""
+    expected = runs.train(0, options={"dtype": "float16"})
+    found = in_processes(2, runs.train, runs.CODYRA, None, {"dtype": "float16"})
+    runs.assert_same_bits(found)
+    for one, two in zip(found[0]["adapters"], expected["adapters"], strict=True):
+        assert runs.relative(one, two) < 0.03
 
 
 def test_the_embedded_benchmark():
