@@ -57,7 +57,8 @@ class Trainer:
             Where `out` holds no finished task, the run starts from the beginning.
         options: further fields of RunConfig (device, backend, dtype, accumulate, eval_batch_size, checkpoints, ...).
     Raises:
-        ValueError: an option is out of range. FileExistsError, OSError: `out` cannot be made, or is no run to resume.
+        ValueError: an option is out of range, or the method does not fit the stream.
+        OSError: `out` cannot be made, exists already, or is no run to resume.
     """
 
     def __init__(
@@ -167,7 +168,14 @@ class Trainer:
         return make_plan(self)
 
     def begin(self, number: int, task: Task) -> tuple[TaskContext, TrainingData]:
-        """Open the data of task `number` and make the model ready for its first step."""
+        """Open the data of a task and make the model ready for its first step.
+
+        Args:
+            number: of the task, counted from 1.
+            task: the stream's task of that number.
+        Returns:
+            What the method's hooks get, and the source of the batches.
+        """
         config = self.method.config
         tasks, data, numbers = open_data(self.stream, number, self.method.joint)
         source = TrainingData(
