@@ -2,6 +2,7 @@
 # make demo   create the environment, install, train CoDyRA and plain LoRA on the embedded benchmark, compare them
 # make bench  the CPU benchmarks       make lint  ruff       make clean  remove what make made
 # make bench-gpu  every GPU goal: build, correctness on the device, G1 to G11, into runs/gpu
+# make docs   the documentation site, into build/docs; every warning is an error
 # make aot    compile every Triton kernel for every target, on the newest Triton and on 3.6; the resource tables into docs/
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install test demo bench bench-gpu results aot aot36 lint clean
+.PHONY: install test demo docs bench bench-gpu results aot aot36 lint clean
 
 install: $(VENV)/installed
 
@@ -38,6 +39,10 @@ demo: install
 	$(BIN)/fastlora train --method codyra --out $(RUNS)/codyra || { kill $$lora; exit 1; }; \
 	wait $$lora || { cat $(RUNS)/lora.log >&2; exit 1; }
 	$(BIN)/fastlora compare $(RUNS)/codyra $(RUNS)/lora --out $(RUNS)/comparison.png
+
+docs: install
+	$(BIN)/python -m sphinx -E -a -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "built: build/docs/index.html"
 
 bench: install
 	$(BIN)/pytest bench --benchmark-columns=min,median,stddev,rounds

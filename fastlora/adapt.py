@@ -29,7 +29,12 @@ _FEED_FORWARD = {"c_fc": "fc1", "c_proj": "fc2"}
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What `inject` did: the adapters' names, and the number of parameters that train."""
+    """What `inject` did; len() is the number of adapters, str() one line.
+
+    Attributes:
+        names: of the adapters, as `adapters` gives them.
+        trainable_parameters: of all adapters in the model that train.
+    """
 
     names: tuple[str, ...]
     trainable_parameters: int
@@ -43,7 +48,14 @@ class InjectReport:
 
 @dataclass(frozen=True)
 class RankRow:
-    """One adapter: the rank it holds, the gates above kappa, and the Frobenius norm of its update."""
+    """One adapter in a `RankReport`.
+
+    Attributes:
+        name: of the adapter.
+        rank: what it holds, dead ranks included.
+        active_rank: gates with |gate| > kappa.
+        delta_norm: ||scaling * lora_b @ diag(soft_threshold(gate, kappa)) @ lora_a||_F.
+    """
 
     name: str
     rank: int
@@ -53,7 +65,11 @@ class RankRow:
 
 @dataclass(frozen=True)
 class RankReport:
-    """Rows of `rank_report`, one an adapter; str() is a table."""
+    """What `rank_report` found; len() and iteration are over the adapters, str() is a table.
+
+    Attributes:
+        rows: one `RankRow` for each adapter, in the order of the modules.
+    """
 
     rows: tuple[RankRow, ...]
 
@@ -65,7 +81,7 @@ class RankReport:
 
     @property
     def mean_active(self) -> float:
-        """Mean active rank over the adapters."""
+        """Mean active rank over the adapters; 0 where there are none."""
         return sum(row.active_rank for row in self.rows) / len(self.rows) if self.rows else 0.0
 
     def __str__(self) -> str:
@@ -78,14 +94,22 @@ class RankReport:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, RankAdapter]]:
-    """(name, adapter) of every adapter in `model`, in the order of its modules."""
+    """(name, adapter) of every adapter in `model`, in the order of its modules.
+
+    Args:
+        model: any module; without adapters it gives nothing.
+    """
     for name, module in model.named_modules():
         if isinstance(module, RankAdapter):
             yield name, module
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """lora_a, lora_b and gate of every adapter in `model`."""
+    """lora_a [R, K], lora_b [N, R] and gate [R] of every adapter in `model`, float32.
+
+    Args:
+        model: any module; without adapters it gives nothing.
+    """
     for _, adapter in adapters(model):
         yield from (adapter.lora_a, adapter.lora_b, adapter.gate)
 
@@ -110,7 +134,8 @@ def inject(
         rank: R >= 1 of each adapter.
         targets: subset of ("q", "k", "v", "out", "fc1", "fc2").
         where: "vision", "text", "all", a predicate (name, module) -> bool, or glob patterns.
-        layer_kwargs: kappa, scaling, dropout, gate_init, backend of every adapter.
+        layer_kwargs: kappa, scaling, dropout, gate_init, backend, recompute of every adapter, as `FusedRankLoRALinear`
+            takes them.
     Returns:
         InjectReport with the adapters' names.
     Raises:
@@ -261,10 +286,14 @@ def _inside(layer: nn.TransformerEncoderLayer, module: nn.Module) -> bool:
 
 
 def prune(model: nn.Module) -> dict[str, int]:
-    """Drop the dead ranks of every adapter; outputs do not change. Returns name -> kept rank.
+    """Drop the dead ranks of every adapter, those with |gate| <= kappa; outputs do not change.
 
+    Args:
+        model: with adapters, which are changed in place.
+    Returns:
+        Name -> kept rank. 0 is legal, and leaves the frozen layer alone at work.
     Raises:
-        ValueError: a gate is not finite (named); no adapter has changed.
+        ValueError: no adapters, or a gate is not finite (named); no adapter has changed.
     """
     found = _adapters_or_raise(model)
     for name, adapter in found.items():
@@ -277,21 +306,24 @@ def merge(
 ) -> MergeReport:
     """Merge every adapter into its weight, all in one call of `fastlora.ops.merge_`, then start fresh adapters.
 
+    A model whose weights torch's `fully_shard` has dealt out by rows is merged in place in all its processes, which all
+    call this; the bits are those of the whole. Fresh adapters are alike in all of them.
+
     Args:
+        model: with adapters; weights and adapters are written in place.
         residuals: name -> what rounding has dropped from that adapter's weight so far. An adapter without an entry gets
             one of zeros in the weight's dtype, so start with {} and pass the same dict at every merge; for one byte an
             element put `fastlora.ops.new_residuals(weights, int8=True)` there first. Of a sharded model they are of the
             rows that this process holds.
         requantize: for adapters over quantised weights, see `QuantizedRankLoRALinear.merge_`.
         merge_kwargs: passed to `fastlora.ops.merge_` (rounding, seed, check).
-
-    A model whose weights torch's `fully_shard` has dealt out by rows is merged in place in all its processes, which all
-    call this; the bits are those of the whole. Fresh adapters are alike in all of them.
-
+    Returns:
+        What was merged, and what rounding took of it, for each adapter.
     Raises:
         MergeError: some adapter is not finite, a sum overflows, or a weight is quantised and `requantize` was not given;
             no weight and no adapter has changed.
-        ValueError: a gate is not finite, or a weight is tied to one that has no adapter (named); likewise.
+        ValueError: no adapters, a gate that is not finite, a weight that is tied to one that has no adapter (named), or
+            weights that `fastlora.ops.merge_` refuses; likewise.
     """
     found = _adapters_or_raise(model)
     quantized = {name: layer for name, layer in found.items() if isinstance(layer, QuantizedRankLoRALinear)}
@@ -313,8 +345,13 @@ def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, che
         fastlora.unmerge(model, residuals=residuals)
 
     Args:
+        model: with the adapters that were merged; weights and adapters are written in place.
         residuals: as `merge` filled them; with them the weights come back bit for bit (see `fastlora.ops.unmerge_`).
-    Raises: as `merge`; ValueError where a weight is quantised, since it would not come back.
+        check: look at everything first, and write only if every adapter and every result is finite.
+    Returns:
+        What was taken out, for each adapter.
+    Raises:
+        MergeError, ValueError: as `merge`; ValueError also where a weight is quantised, since it would not come back.
     """
     found = _adapters_or_raise(model)
     quantized = [name for name, layer in found.items() if isinstance(layer, QuantizedRankLoRALinear)]
@@ -392,6 +429,8 @@ def remove(model: nn.Module) -> nn.Module:
 
     What was not merged is dropped; call `fastlora.merge(model)` first to keep it. The weights stay frozen.
 
+    Args:
+        model: changed in place; one without adapters stays as it is.
     Returns:
         The model; when `model` itself is an adapted layer, the plain layer.
     """
@@ -414,7 +453,11 @@ def _plain(host: Any) -> nn.Module:
 
 
 def rank_report(model: nn.Module) -> RankReport:
-    """Per adapter: rank held, active rank, Frobenius norm of the update."""
+    """Rank held, active rank and Frobenius norm of the update of every adapter.
+
+    Args:
+        model: any module; without adapters the report is empty.
+    """
     return RankReport(
         tuple(
             RankRow(name, adapter.gate.numel(), adapter.active_rank(), float(adapter.delta_weight().norm()))

@@ -72,6 +72,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], metadata: Mappi
     """Write the adapters of `model`, at the ranks they hold, with their kappa and scaling and a checksum of it all.
 
     Args:
+        model: with adapters; it does not change.
         path: file to write; one that exists is replaced in a single step.
         metadata: further string pairs for the file's header.
     Raises:
@@ -92,6 +93,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], metadata: Mappi
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Read adapters into a model that was injected at the same places; their ranks become those of the file.
 
+    Args:
+        model: with an adapter wherever the file has one; written in place, on whatever device it is.
+        path: what `save_adapter`, a journal or a run has written.
     Raises:
         ValueError: the file is no adapter file, is damaged, or its modules or widths are not those of the model
             (named); no adapter has changed.

@@ -71,9 +71,14 @@ class Journal:
         Reads the earlier files, and hashes what they do not update, since it must be as it was before task 1. Should
         the merge that follows fail, remove the file that is returned.
 
+        Whatever is raised, the journal has not changed, and the model has at most been pruned.
+
         Args:
+            model: with adapters that are trained and not merged yet.
             name: of the task, for the listing.
             merge_options: rounding and seed of the merge that follows, where they are not the defaults.
+        Returns:
+            The file.
         Raises:
             ValueError: no adapters; a value that is not finite; another model than that of the earlier tasks; the
                 adapters of the last task again; an adapted weight that is tied to another; an earlier file that is
@@ -81,7 +86,6 @@ class Journal:
             TypeError: a merge option that a header cannot hold.
             RuntimeError: another process appends at this moment.
             OSError: the directory cannot be written, or an earlier file is missing.
-            Whatever is raised, the journal has not changed, and the model has at most been pruned.
         """
         _check_options(merge_options)
         _check_finite(model)
@@ -107,7 +111,8 @@ class Journal:
         """Bring the untouched base model to the state after a task, or after some tasks alone.
 
         The adapters are merged in the order of the tasks, each as it was merged at the time, so that `after` gives the
-        very bits of back then, and `tasks` those of a sequence that never had the others.
+        very bits of back then, and `tasks` those of a sequence that never had the others. Whatever is raised, the model
+        has not changed.
 
         Args:
             model: the base model without adapters; its parameters are written in place.
@@ -122,7 +127,6 @@ class Journal:
                 model, has been merged already, or ties a weight that would be merged into to another.
             MergeError: a sum overflows.
             OSError: a file is missing or cannot be read.
-            Whatever is raised, the model has not changed.
         Memory:
             The adapters of one task at a time, and a second copy of the weights that they update.
         """

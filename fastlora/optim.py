@@ -28,11 +28,10 @@ class ProxAdamW(torch.optim.AdamW):
     Args:
         model_or_groups: a module with adapters (see `fastlora.inject`), or parameter groups as for torch.optim; the
             group of the gates carries "prox": True.
-        lr: learning rate. betas, weight_decay: as torch.optim.AdamW.
+        lr: learning rate.
+        betas: as torch.optim.AdamW; the default is CoDyRA's.
+        weight_decay: as torch.optim.AdamW; the default is CoDyRA's.
         operator: "exact" (the paper's equation) or "released" (its code's; dead zone 2 kappa).
-    Attributes:
-        kappa: threshold of the next step, in gate units (not multiplied by lr). It starts at 0: plain AdamW.
-            It is saved in the state_dict.
     Raises:
         ValueError: nothing to train, unknown operator, no gates among the groups.
     Numerics:
@@ -59,6 +58,10 @@ class ProxAdamW(torch.optim.AdamW):
 
     @property
     def kappa(self) -> float:
+        """Threshold of the next step, settable, in gate units (not multiplied by lr).
+
+        It starts at 0, which is plain AdamW, and is saved in the state_dict.
+        """
         return self._prox_groups()[0]["kappa"]
 
     @kappa.setter
@@ -85,7 +88,13 @@ class ProxAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One AdamW step, then one proximal step on the gates. Waits for no device."""
+        """One AdamW step, then one proximal step on the gates. Waits for no device.
+
+        Args:
+            closure: as for torch.optim: computes the loss and its gradients anew.
+        Returns:
+            What the closure gave, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,9 +106,12 @@ class ProxAdamW(torch.optim.AdamW):
         return loss
 
     def kept_counts(self) -> Tensor:
-        """Number of gates != 0 in each gate tensor after the last step, int64 [gate tensors], in the groups' order.
+        """Number of gates != 0 in each gate tensor after the last step.
 
         The step counted them on the device of the gates; reading the values is what waits for it.
+
+        Returns:
+            [gate tensors], int64, in the groups' order.
         """
         if self._one_launch.kept is not None:
             return self._one_launch.kept.clone()
@@ -114,6 +126,8 @@ class ProxAdamW(torch.optim.AdamW):
         nothing was removed where a gate at 0 would stay there: see `KappaSchedule.exact_from`. What looks at all
         gradients at once, as clipping by their norm does, no longer sees those of the removed gates.
 
+        Args:
+            model: the one whose adapters this optimizer steps.
         Returns:
             How many ranks were removed. Finding out waits for the device, once.
         """
@@ -194,8 +208,11 @@ def largest_adam_step(step: int, betas: tuple[float, float] = (0.9, 0.9999)) -> 
     Kingma & Ba (arXiv 1412.6980, section 2.1) say lr, or lr (1 - beta1) / sqrt(1 - beta2) where that is more. This holds
     for gradients that come often, or once; those that grow reach 22.9 lr with betas (0.9, 0.9999), where it says 10.
 
+    Args:
+        step: counted from 1.
+        betas: of Adam.
     Returns:
-        Infinity where beta2 <= beta1^2: m then remembers longer than v does.
+        A multiple of lr; infinity where beta2 <= beta1^2, since m then remembers longer than v does.
     """
     beta1, beta2 = betas
     if beta1 == 0 or step == 1:
@@ -243,7 +260,7 @@ class KappaSchedule:
         return int(self.dense * self.total)
 
     def kappa(self, iteration: int) -> float:
-        """Threshold at `iteration`, counted from 0."""
+        """Threshold of the step at `iteration` (from 0), in gate units."""
         if iteration <= self.start:
             return 0.0
         index = 1 + (iteration - self.start) * self.steps // (self.total - self.start)
@@ -257,6 +274,7 @@ class KappaSchedule:
 
         Args:
             lr: learning rate of the gates at an iteration, counted from 0.
+            betas: of Adam.
         Returns:
             An iteration, `total` where there is none.
         """
@@ -270,16 +288,28 @@ class KappaSchedule:
 
     @property
     def total_shrink(self) -> float:
-        """S, the sum of kappa over all iterations: what a gate without gradient loses."""
+        """S, what a gate without gradient loses: the sum of kappa over all iterations, in gate units."""
         return sum(self.kappa(iteration) for iteration in range(self.total))
 
     def expected_survival(self) -> float:
-        """The null model: 2 (1 - Phi(S)), the share of N(0, 1) gates that live through the schedule without a gradient."""
+        """The null model: the share of N(0, 1) gates that live through the schedule without a gradient.
+
+        2 (1 - Phi(S)),  Phi the normal distribution, S = total_shrink
+        """
         return math.erfc(self.total_shrink / math.sqrt(2))
 
     @classmethod
     def for_shrink(cls, total_shrink: float, *, steps: int = 50, dense: float = 0.5, total: int = 500) -> KappaSchedule:
-        """The schedule whose total shrink is `total_shrink`: equal expected sparsity at another length of the task."""
+        """The schedule of a given total shrink: equal expected sparsity at another length of the task.
+
+        Args:
+            total_shrink: S, in gate units; 0.65 with the published settings.
+            steps: values of the ramp, >= 2.
+            dense: share of the iterations without a proximal step.
+            total: iterations of the task.
+        Raises:
+            ValueError: `dense` leaves no iteration for the proximal step, or an option is out of range.
+        """
         unit = cls(1.0, steps, dense, total).total_shrink
         if unit == 0:
             raise ValueError(

@@ -46,7 +46,14 @@ def soft_threshold(v: Tensor, kappa: float | Tensor, *, operator: str = "exact")
 
 
 def expand_gate(gate: Tensor, x: Tensor) -> Tensor:
-    """Gate [R], [batch, R] or [M, R] as something that multiplies s [M, R]; M is the number of rows of `x`."""
+    """The gate as something that multiplies s = x @ lora_a.T, [M, R], where M is the number of rows of `x`.
+
+    Args:
+        gate: [R], [batch, R] or [M, R].
+        x: [..., K].
+    Returns:
+        [R] as it is, else [M, R].
+    """
     if gate.dim() == 1:
         return gate
     rows = x.shape[:-1].numel()
@@ -68,9 +75,14 @@ def rank_lora_linear(
     """Linear layer plus gated low-rank update, as written.
 
     Args:
-        x: [..., K]. weight: [N, K]. bias: [N] or None. lora_a: [R, K]. lora_b: [N, R].
+        x: [..., K], floating.
+        weight: [N, K], dtype of `x`.
+        bias: [N] or None, dtype of `x`.
+        lora_a: [R, K], any floating dtype.
+        lora_b: [N, R], likewise.
         gate: [R], [batch, R] (broadcast over the tokens of a sample) or [M, R].
-        kappa: threshold in gate units. scaling: dimensionless.
+        kappa: threshold in gate units.
+        scaling: dimensionless.
     Returns:
         [..., N] in the dtype of `x`.
     """
@@ -85,14 +97,31 @@ def rank_lora_linear(
 
 
 def delta_weight(lora_a: Tensor, lora_b: Tensor, gate: Tensor, *, scaling: float = 1.0) -> Tensor:
-    """scaling * lora_b @ diag(gate) @ lora_a, [N, K], in float64; `gate` is the effective gate, [R]."""
+    """The update of a weight, in float64.
+
+        scaling * lora_b @ diag(gate) @ lora_a
+
+    Args:
+        lora_a: [R, K], any floating dtype.
+        lora_b: [N, R], likewise.
+        gate: [R], effective (already thresholded).
+        scaling: dimensionless.
+    Returns:
+        [N, K], float64.
+    """
     return scaling * (lora_b.double() * gate.double()) @ lora_a.double()
 
 
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, *, scaling: float = 1.0) -> Tensor:
-    """weight + delta_weight, summed in float64 and rounded once to the dtype of `weight`; returns a new tensor.
+    """weight + delta_weight, summed in float64 and rounded once.
 
     Args:
-        weight: [N, K]. lora_a: [R, K]. lora_b: [N, R]. gate: [R], effective (already thresholded).
+        weight: [N, K], any floating dtype; it does not change.
+        lora_a: [R, K], likewise.
+        lora_b: [N, R], likewise.
+        gate: [R], effective (already thresholded).
+        scaling: dimensionless.
+    Returns:
+        [N, K], a new tensor in the dtype of `weight`.
     """
     return (weight.double() + delta_weight(lora_a, lora_b, gate, scaling=scaling)).to(weight.dtype)

@@ -58,10 +58,16 @@ def evaluate(
     label space a prediction counts only for the data set's own copy of a class, also where two share a class name.
 
     Args:
+        model: an open_clip model; left in the mode that it was in.
+        tokenizer: list of texts -> [n, context] integers.
+        stream: whose test data is classified, the held-out set included.
+        batch_size: images per forward pass.
         dtype: of weights and activations; features and similarities are float32.
         model_for: (model, index) -> context in which the model for data set `index` is there, its text tower included;
             None where one model serves them all. The held-out set is tested with `model` itself.
         world: processes with the same model, each of which takes a share of the images and prompts; all get the result.
+    Returns:
+        Evaluation: accuracies in percent, in stream order.
     Raises:
         RuntimeError: the model gives features that are not finite.
     """

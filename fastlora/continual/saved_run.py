@@ -20,6 +20,10 @@ class SavedRun:
     """A run as read from its directory.
 
     Args:
+        path: of the run directory.
+        config: content of config.yaml, the effective settings.
+        manifest: content of manifest.json: versions, hashes, tasks, status, seconds.
+        record: accuracies, ranks and drift.
         log: one mapping of column to number (None: empty) per line.
         selection: content of selection.json; without comparisons where the run has none.
     """
@@ -56,6 +60,10 @@ class SavedRun:
 def read_run(path: str | os.PathLike[str]) -> SavedRun:
     """Read what a run has written so far.
 
+    Args:
+        path: run directory, as `fastlora train` or `Trainer` makes it; an unfinished one will do.
+    Returns:
+        SavedRun: settings, manifest, accuracies, ranks and log.
     Raises:
         FileNotFoundError: `path` is no run directory.
         ValueError: a file of it cannot be read as what it should be; the file is named.

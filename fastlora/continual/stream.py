@@ -22,7 +22,8 @@ class InMemoryImages(Dataset):
         images: [n, C, H, W] float32.
         labels: [n] int64, not negative.
     Raises:
-        TypeError: not tensors, or other dtypes. ValueError: shapes that do not fit, or a negative label.
+        TypeError: not tensors, or other dtypes.
+        ValueError: shapes that do not fit, or a negative label.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -203,8 +204,12 @@ class TaskStream:
         return len(self.tasks)
 
     def open_task(self, index: int) -> Dataset:
-        """Training data of task `index`; the training data of all earlier tasks is given up for good.
+        """Training data of a task; the training data of all earlier tasks is given up for good.
 
+        Args:
+            index: of the task, counted from 0.
+        Returns:
+            Its map-style dataset.
         Raises:
             IndexError: no such task.
             RuntimeError: a later task has been opened before.
@@ -232,7 +237,8 @@ class TaskStream:
         """Training data of every task at once, for an upper bound that no continual method reaches; then all is closed.
 
         Raises:
-            RuntimeError: a task has been opened before. ValueError: a task has no training data.
+            RuntimeError: a task has been opened before.
+            ValueError: a task has no training data.
         """
         if self._opened is not None:
             raise RuntimeError(

@@ -62,8 +62,8 @@ class Trainer:
             Where `out` holds no finished task, the run starts from the beginning.
         options: further fields of RunConfig (device, backend, dtype, accumulate, eval_batch_size, checkpoints, ...).
     Raises:
-        ValueError: an option is out of range, or does not go with another, or with several processes.
-        FileExistsError, OSError: `out` cannot be made, or is no run to resume.
+        ValueError: an option is out of range, does not go with another, with the stream or with several processes.
+        OSError: `out` cannot be made, exists already, or is no run to resume.
     """
 
     def __init__(
@@ -177,7 +177,14 @@ class Trainer:
         return make_plan(self)
 
     def begin(self, number: int, task: Task) -> tuple[TaskContext, TrainingData]:
-        """Open the data of task `number` and make the model ready for its first step."""
+        """Open the data of a task and make the model ready for its first step.
+
+        Args:
+            number: of the task, counted from 1.
+            task: the stream's task of that number.
+        Returns:
+            What the method's hooks get, and the source of the batches.
+        """
         config = self.method.config
         tasks, data, numbers = open_data(self.stream, number, self.method.joint)
         shared = config.batch_size, self.config.seed, self.device, self.world

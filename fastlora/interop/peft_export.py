@@ -41,7 +41,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ValueError: no adapters, none with an active rank, a value that is not finite (named), or a place where PEFT would
             compute something else (named): out_proj of nn.MultiheadAttention, anything in nn.TransformerEncoderLayer, and
             a model that is itself an adapted layer.
-        FileExistsError: something is at `directory` already. OSError: it cannot be written. Nothing was written.
+        FileExistsError: something is at `directory` already.
+        OSError: it cannot be written. Nothing was written.
     """
     found = dict(adapters(model))
     if not found:

@@ -68,7 +68,8 @@ def import_sora(model: nn.Module, path: str | os.PathLike[str], *, alpha: float)
         InjectReport with the names of the adapters.
     Raises:
         ValueError: no such file, a damaged one, or one that does not fit the model; the model is unchanged.
-        TypeError: alpha is no number. OSError: the file cannot be read.
+        TypeError: alpha is no number.
+        OSError: the file cannot be read.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"alpha is a {type(alpha).__name__}; it must be a number, 16 in the released configuration.")

@@ -142,7 +142,10 @@ class RankAdapter(nn.Module):
         return int((self.gate.detach().abs() > self._kappa_value).sum())
 
     def delta_weight(self) -> Tensor:
-        """scaling * lora_b @ diag(soft_threshold(gate, kappa)) @ lora_a, [N, K], float32."""
+        """The update that a merge would add, [N, K], float32.
+
+        scaling * lora_b @ diag(soft_threshold(gate, kappa)) @ lora_a
+        """
         lora_a, lora_b = self.lora_a.detach().float(), self.lora_b.detach().float()
         return self.scaling * ((lora_b * self.effective_gate()) @ lora_a)
 
@@ -172,7 +175,11 @@ class RankAdapter(nn.Module):
 
     @torch.no_grad()
     def keep_ranks_(self, ranks: Tensor) -> None:
-        """Keep these ranks, [kept] int64 on the adapter's device, and drop the others, whatever they contribute."""
+        """Keep these ranks and drop the others, whatever they contribute.
+
+        Args:
+            ranks: [kept], int64, on the adapter's device.
+        """
         lora_a, lora_b = self.lora_a.index_select(0, ranks), self.lora_b.index_select(1, ranks)
         self._set(lora_a, lora_b, self.gate.index_select(0, ranks))
 
@@ -181,7 +188,9 @@ class RankAdapter(nn.Module):
 
         Args:
             generator: draws the fresh adapter.
-            merge_kwargs: passed to `fastlora.ops.merge_` (check).
+            merge_kwargs: passed to `fastlora.ops.merge_` (rounding, seed, residuals, check).
+        Returns:
+            A report on this one module.
         Raises:
             MergeError: the adapter is not finite or the sum overflows; weight and adapter are unchanged.
             ValueError: a gate is not finite.
@@ -201,6 +210,9 @@ class RankAdapter(nn.Module):
         """A fresh adapter of the original rank: lora_a Kaiming-uniform (a = sqrt 5), lora_b 0, gate N(0, 1) or 1.
 
         Drawn on the CPU, lora_a before gate, so that a seed gives the same adapter on every device.
+
+        Args:
+            generator: of the CPU; None for torch's global one.
         """
         if not self.gate.is_meta:  # nothing to fill; called again once the module has storage
             self._set(*self.fresh_tensors(generator))

@@ -150,7 +150,19 @@ class _PackedAttention(nn.Module):
 
 
 class FusedRankLoRAMultiheadAttention(_PackedAttention):
-    """Drop-in for `nn.MultiheadAttention` with equal key, query and value widths."""
+    """Drop-in for `nn.MultiheadAttention` with equal key, query and value widths d; `fastlora.inject` makes it.
+
+    Adapters, each `None` or a `RankAdapter`: q, k, v and out_proj. state_dict keys: those of the plain attention, and
+    lora_a, lora_b, gate of each adapter.
+
+    Args:
+        plain: gives up its parameters, which are frozen.
+        parts: which of "q", "k", "v", "out" get an adapter.
+        rank: R >= 1 of each.
+        options: of each adapter, as `fastlora.FusedRankLoRALinear` takes them.
+    Raises:
+        ValueError: an option of the attention that is not supported, or no known part.
+    """
 
     def __init__(self, plain: nn.MultiheadAttention, parts: tuple[str, ...] = PARTS, rank: int = 16, **options: Any):
         super().__init__(plain, parts, rank, **options)
@@ -170,7 +182,7 @@ class FusedRankLoRAMultiheadAttention(_PackedAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`; boolean masks mark what is *not* attended to.
+        """As `nn.MultiheadAttention.forward`; a boolean mask marks what is not attended to.
 
         Returns:
             (output, attention weights or None), shaped as `nn.MultiheadAttention` returns them.
@@ -210,7 +222,10 @@ class FusedRankLoRAMultiheadAttention(_PackedAttention):
 
 
 class FusedRankLoRAAttention(_PackedAttention):
-    """Drop-in for open_clip's own `Attention` with its packed in_proj_weight."""
+    """Drop-in for open_clip's own `Attention` with its packed in_proj_weight; `fastlora.inject` makes it.
+
+    Args, Raises: as `FusedRankLoRAMultiheadAttention`.
+    """
 
     def __init__(self, plain: nn.Module, parts: tuple[str, ...] = PARTS, rank: int = 16, **options: Any) -> None:
         super().__init__(plain, parts, rank, **options)
@@ -219,7 +234,16 @@ class FusedRankLoRAAttention(_PackedAttention):
     def forward(
         self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
-        """x [batch, tokens, d] -> [batch, tokens, d]; boolean masks mark what *is* attended to."""
+        """As open_clip's; a boolean mask marks what is attended to.
+
+        Args:
+            x: [batch, tokens, d].
+            k_x: input of k where it is another one.
+            v_x: input of v where it is another one.
+            attn_mask: [tokens, tokens] or [batch * heads, tokens, tokens], boolean or additive.
+        Returns:
+            [batch, tokens, d].
+        """
         k_x = x if k_x is None else k_x
         v_x = x if v_x is None else v_x
         q, k, v = self._project_all(x, k_x, v_x, x is k_x is v_x)

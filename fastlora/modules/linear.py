@@ -18,16 +18,18 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
     state_dict keys: weight, bias, lora_a, lora_b, gate.
 
     Args:
-        in_features, out_features: K and N.
+        in_features: K, columns of the weight.
+        out_features: N, rows of the weight.
         rank: R >= 1.
         bias: whether the frozen layer has one.
         kappa: threshold in gate units, >= 0; settable later.
         scaling: dimensionless factor of the update.
         dropout: probability, on the input of lora_a while training; takes an unfused path.
         gate_init: "normal" (N(0, 1), as CoDyRA) or "ones".
-        backend: "auto", "torch", "triton", or a variant by name (`fastlora.ops.backend`).
+        backend: "auto", "torch", "triton", or a variant by name (docs/kernels.md).
         recompute: keep the input alone for backward, and compute the projected rows again there.
-        device, dtype: of weight and bias; the adapter is float32.
+        device: of weight, bias and adapter.
+        dtype: of weight and bias; the adapter is float32.
     Raises:
         ValueError: rank below 1, kappa negative or not finite, dropout outside [0, 1).
         TypeError: rank is no int.
@@ -62,9 +64,11 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
 
         Args:
             linear: an nn.Linear, or a subclass that computes as nn.Linear does.
+            rank: R >= 1.
             options: as for the constructor.
         Raises:
             TypeError: not an nn.Linear, or one with a forward of its own, or already adapted.
+            ValueError: an option is out of range, or `bias` contradicts the layer.
         """
         _check_linear(linear)
         device = options.pop("device", linear.weight.device)
@@ -99,7 +103,13 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
         return plain.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., K] -> [..., N], dtype of `x`; under autocast the autocast dtype."""
+        """The layer's output.
+
+        Args:
+            x: [..., K], dtype of the weight unless under autocast.
+        Returns:
+            [..., N], dtype of `x`; under autocast the autocast dtype.
+        """
         return self._adapted(x, self.weight, self.bias)
 
 

@@ -52,11 +52,16 @@ class QuantizedRankLoRALinear(RankAdapter):
 
     Args:
         base: a layer that `format_of` knows; kept as it is, and frozen.
-        rank, kappa, scaling, dropout, gate_init: as for `FusedRankLoRALinear`.
+        rank: R >= 1.
+        kappa: threshold in gate units, >= 0; settable later.
+        scaling: dimensionless factor of the update.
+        dropout: probability, on the input of lora_a while training.
+        gate_init: "normal" or "ones".
         backend: "auto" or "torch": no kernel of this library reads quantised weights.
         recompute: False; the base layer decides what is kept for backward.
     Raises:
-        TypeError: `base` is no quantised linear layer. ValueError: another backend, or recompute.
+        TypeError: `base` is no quantised linear layer.
+        ValueError: another backend, or recompute.
     """
 
     def __init__(

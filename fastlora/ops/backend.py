@@ -39,10 +39,13 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs a call, and the sentence that says why.
+    """What runs a call, and why; str() is one line.
 
-    variant: as the module docstring lists them; "triton" where the dispatch table decides at each call. tile: of the
-    GEMM, where it is known.
+    Attributes:
+        backend: "torch" or "triton".
+        reason: a sentence.
+        variant: as the module docstring lists them; "triton" where the dispatch table decides at each call.
+        tile: of the GEMM, where it is known.
     """
 
     backend: str

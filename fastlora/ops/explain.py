@@ -18,12 +18,13 @@ def explain(layer_or_x: nn.Module | Tensor, *operands: Tensor | None, backend: s
         fastlora.explain(x, weight, bias, lora_a, lora_b, gate)     as the op would run
 
     Args:
-        layer_or_x: an adapted layer, or the op's `x` followed by its other operands.
+        layer_or_x: an adapted layer, or the op's `x`.
+        operands: with a layer, an input [..., K] or nothing; with `x`, the op's other five operands.
         backend: as for the op; a layer brings its own.
     Returns:
-        Choice: `.backend`, `.variant`, `.tile`, `.reason`; str() is one line.
+        A `fastlora.ops.backend.Choice` with backend, variant, tile and reason; str() is one line.
     Raises:
-        TypeError: neither a layer with an adapter nor a tensor.
+        TypeError: neither a layer with an adapter nor a tensor, or not all operands of the op.
         RuntimeError: what was asked for by name cannot run here.
     """
     if isinstance(layer_or_x, nn.Module):

@@ -106,9 +106,11 @@ def new_residuals(weights: Sequence[Tensor], *, int8: bool = False) -> list[Tens
     """Residuals of zero for weights that are exact as they are.
 
     Args:
-        weights: [N, K] each.
+        weights: [N, K] each, floating.
         int8: units of ulp(weight) / 254, one byte an element, for float32, float16 and bfloat16 weights; else the
             weight's own dtype: finer, and as large as the weights.
+    Returns:
+        [N, K] each, int8 or the dtype of its weight, on its device.
     """
     kind = {"dtype": torch.int8} if int8 else {}
     return [torch.zeros_like(weight, requires_grad=False, **kind) for weight in weights]

@@ -32,6 +32,9 @@ class ModuleMerge:
     """What a merge did to one module.
 
     Attributes:
+        name: of the module, or its number in the call.
+        shape: (N, K) of the weight.
+        dtype: of the weight.
         kept_rank: ranks with gate != 0; the others were never visited.
         delta_norm: ||scaling * lora_b @ diag(gate) @ lora_a||_F, of the update as it was summed.
         unchanged: share of the elements with a non-zero update whose stored value did not change: it was too small for
@@ -54,12 +57,12 @@ class ModuleMerge:
 
     @property
     def relative_error(self) -> float:
-        """error_norm / delta_norm: the share of the update that rounding took away; 0 without an update."""
+        """The share of the update that rounding took away, error_norm / delta_norm; 0 without an update."""
         return self.error_norm / self.delta_norm if self.delta_norm else 0.0
 
 
 class MergeReport:
-    """What a merge did: one ModuleMerge for each module, in the order of the call.
+    """What a merge did, one `ModuleMerge` for each module in the order of the call; str() is a table.
 
     Attributes:
         modules: the ModuleMerges; of a captured merge they are read from the device here, once, which waits for it.

@@ -19,7 +19,7 @@ def soft_threshold(v: Tensor, kappa: float | Tensor, *, operator: str = "exact")
         kappa: threshold >= 0 in the unit of `v` (not multiplied by the learning rate); a float or a 0-d tensor.
         operator: "exact" (CoDyRA's equation) or "released" (what its code computes: everything below 2 kappa dies).
     Returns:
-        Same shape and dtype as `v`. Differentiable in `v`: 1 where it survives, 0 where it dies.
+        Same shape and dtype as `v`. Its derivative by `v` is 1 where `v` survives and 0 where it dies.
     Raises:
         ValueError: kappa is negative, NaN or infinite, or the operator is unknown.
     """

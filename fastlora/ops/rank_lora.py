@@ -90,11 +90,17 @@ def rank_lora_packed(
         y[..., p d : (p + 1) d] = rank_lora_linear(x, weight[p d : (p + 1) d], ..., lora_as[p], lora_bs[p], gates[p])
 
     Args:
-        x: [..., K], floating. weight: [3 d, K], dtype of `x`, frozen. bias: [3 d] or None, frozen.
-        lora_as, lora_bs, gates: three each: [r_p, K], [d, r_p], [r_p]; None where a projection has no adapter. Ranks may
-            differ. Dtypes as for `rank_lora_linear`.
+        x: [..., K], floating.
+        weight: [3 d, K], dtype of `x`, frozen.
+        bias: [3 d] or None, dtype of `x`, frozen.
+        lora_as: three, [r_p, K] each; None where a projection has no adapter. Ranks may differ. Dtypes of these and the
+            next two as for `rank_lora_linear`.
+        lora_bs: three, [d, r_p] each, or None.
+        gates: three, [r_p] each, or None.
         kappas: three thresholds, floats or 0-d tensors on the device.
-        scaling, backend, recompute: as for `rank_lora_linear`. Triton's kernels take stacked ranks up to 256.
+        scaling: of all three, dimensionless.
+        backend: as for `rank_lora_linear`. Triton's kernels take ranks whose sum is at most 256.
+        recompute: as for `rank_lora_linear`.
     Returns:
         y: [..., 3 d], dtype of `x`; under autocast the autocast dtype.
     Raises:

@@ -16,7 +16,16 @@ from fastlora.modules.attention import _PackedAttention
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer asks of the kernels: M rows, N out, K in, rank R; of packed projections N and R are the sums."""
+    """What a layer asks of the kernels.
+
+    Attributes:
+        m: M, rows of the input.
+        n: N, columns of the output; of packed projections their sum.
+        k: K, columns of the input.
+        r: R, the rank; of packed projections their sum.
+        dtype: of the input.
+        ranks: of packed projections q, k and v; None for a single layer.
+    """
 
     m: int
     n: int
@@ -32,6 +41,9 @@ def calls_of(model: nn.Module, *example_inputs: Any) -> list[Call]:
     The model runs once, in eval mode and without gradients; fake tensors will do, with which nothing is computed. Under
     torch.autocast the calls have the autocast dtype.
 
+    Args:
+        model: with adapters.
+        example_inputs: what the model is called with.
     Raises:
         ValueError: the model has no adapters, or none of them was reached.
     """

@@ -24,7 +24,12 @@ KAPPA = 0.1
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant, and the tile of its GEMM ("library" has none)."""
+    """What may run a call; str() is one line.
+
+    Attributes:
+        variant: as `fastlora.explain` names it.
+        tile: of its GEMM; None for the kernel layer's own rule, and for "library", which has none.
+    """
 
     variant: str
     tile: TileConfig | None = None

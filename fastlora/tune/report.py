@@ -11,7 +11,13 @@ from fastlora.tune.candidates import Candidate
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate: its median time, or the reason that it has none."""
+    """One candidate, as measured.
+
+    Attributes:
+        candidate: variant and tile.
+        time_us: median time of a call in microseconds; None where it could not be measured.
+        reason: why it has no time, or "".
+    """
 
     candidate: Candidate
     time_us: float | None = None
@@ -20,7 +26,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One call in one role. entry: the fastest trial as the table holds it; None where nothing was measured."""
+    """One call in one role.
+
+    Attributes:
+        key: what the table looks it up by.
+        trials: every candidate.
+        entry: the fastest trial as the table holds it; None where nothing was measured.
+        reason: why nothing was measured, or "".
+    """
 
     key: Key
     trials: tuple[Trial, ...]
@@ -30,7 +43,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What `tune` found; str() is a table. replaced: why the table that was at `path` could not be kept."""
+    """What `tune` found; str() is a table.
+
+    Attributes:
+        device: its name in the table.
+        path: the table.
+        outcomes: one for each call and role.
+        replaced: why the table that was at `path` could not be kept, or "".
+    """
 
     device: str
     path: Path

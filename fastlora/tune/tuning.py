@@ -52,7 +52,8 @@ def tune(
     Returns:
         TuneReport; str() is a table.
     Raises:
-        RuntimeError: the machine has neither a CUDA or ROCm device nor Triton's interpreter. OSError: `out` cannot be written.
+        RuntimeError: the machine has neither a CUDA or ROCm device nor Triton's interpreter.
+        OSError: `out` cannot be written.
     """
     device = check_device(device)
     path = Path(out) if out is not None else dispatch.user_table_path()

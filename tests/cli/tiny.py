@@ -8,7 +8,7 @@ from fastlora.continual.stream import InMemoryImages, Task, TaskStream
 QUICK = ["--benchmark", "tiny", "--method.iterations=3", "--method.rank=2", "--method.batch_size=8"]
 
 
-def tiny(config=None):
+def tiny(config=None, reference=None):
     """Two tasks of random images for a CLIP of one narrow block per tower."""
     from open_clip.model import CLIP
 
@@ -28,4 +28,4 @@ def tiny(config=None):
 
     tasks = [Task(name, (f"{name} a", f"{name} b"), ("a {}", "{}"), images(8), images(6)) for name in ("red", "blue")]
     held_out = Task("grey", ("grey a", "grey b"), ("{}",), None, images(6))
-    return benchmarks.Loaded(model, tokenize, TaskStream("tiny", tasks, held_out))
+    return benchmarks.Loaded(model, tokenize, TaskStream("tiny", tasks, held_out, reference))

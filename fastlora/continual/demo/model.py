@@ -33,7 +33,13 @@ CONFIG = {
 
 
 class OpenClipDemo(NamedTuple):
-    """Model (open_clip.CLIP, float32, eval mode), tokenizer, and transform from a PIL image to a tensor [3, 32, 32]."""
+    """The embedded model and what belongs to it.
+
+    Attributes:
+        model: open_clip.CLIP, float32, in eval mode.
+        tokenizer: list of texts -> [n, context] int64.
+        preprocess: PIL image -> [3, 32, 32] float32.
+    """
 
     model: open_clip.CLIP
     tokenizer: WordTokenizer
@@ -72,7 +78,7 @@ def open_clip_demo() -> OpenClipDemo:
     """The pretrained tiny CLIP.
 
     Returns:
-        OpenClipDemo(model, tokenizer, preprocess). Weights are stored in float16 and held in float32.
+        OpenClipDemo, a tuple of model, tokenizer and preprocess. Weights are stored in float16 and held in float32.
     Raises:
         RuntimeError: the shipped weights are missing or damaged.
     """
