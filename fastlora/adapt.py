@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastlora.checks import check_finite_gate
 from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention, is_attention, refuse_unsupported
+from fastlora.modules.conv1d import FusedRankLoRAConv1D, conv1d_class, is_conv1d
 from fastlora.modules.linear import FusedRankLoRALinear
 from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
 
@@ -22,6 +23,8 @@ TARGETS = (*PARTS, "fc1", "fc2")
 TOWERS = ("vision", "text", "all")
 # open_clip's names of a block's feed-forward layers
 _FEED_FORWARD = {"c_fc": "fc1", "c_proj": "fc2"}
+# what stands in the place of a module of the plain model
+_HOSTS = (FusedRankLoRALinear, FusedRankLoRAConv1D, _PackedAttention)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def inject(
 
     In an open_clip model `where` names the tower, and `targets` the matrices of every block: q, k, v and out of the
     attention, fc1 and fc2 of the feed-forward part. In any other module, `where` is a predicate or a list of globs over
-    module names; it selects nn.Linear layers and whole attentions (of which `targets` picks the parts).
+    module names; it selects nn.Linear layers, transformers' Conv1D, and whole attentions (of which `targets` picks the
+    parts).
 
     Args:
         model: changed in place; its weights keep their storage.
@@ -112,7 +116,7 @@ def inject(
     Raises:
         ValueError: unknown target or tower, nothing found (near names are listed), already adapted, or an attention
             with options that are not supported. The model is unchanged.
-        TypeError: a selected module is neither linear nor attention.
+        TypeError: a selected module has a forward of its own.
     """
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
@@ -127,13 +131,22 @@ def inject(
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
     for name, module in selected.items():
-        if is_attention(module):
-            adapted = adapt_attention(module, parts, rank, **layer_kwargs)
-        else:
-            adapted = FusedRankLoRALinear.from_linear(module, rank, **layer_kwargs)
-        model.set_submodule(name, adapted)
-    names = tuple(name for name, _ in adapters(model) if _within(name, selected))
-    return InjectReport(names, sum(p.numel() for p in adapter_parameters(model) if p.requires_grad))
+        model.set_submodule(name, _adapted(module, parts, rank, layer_kwargs))
+    added = {name: adapter for name, adapter in adapters(model) if _within(name, selected)}
+    return InjectReport(tuple(added), sum(p.numel() for p in adapter_parameters(model) if p.requires_grad))
+
+
+def _adapted(module: nn.Module, parts: tuple[str, ...], rank: int, options: dict[str, Any]) -> nn.Module:
+    if is_attention(module):
+        return adapt_attention(module, parts, rank, **options)
+    if is_conv1d(module):
+        return FusedRankLoRAConv1D(module, rank, **options)
+    return FusedRankLoRALinear.from_linear(module, rank, **options)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    # an adapted one as well, to be refused by name
+    return isinstance(module, (nn.Linear, FusedRankLoRAConv1D)) or is_attention(module) or is_conv1d(module)
 
 
 def _within(name: str, selected: dict[str, nn.Module]) -> bool:
@@ -172,7 +185,7 @@ def _select(model: nn.Module, where: Any) -> dict[str, nn.Module]:
     patterns = None if callable(where) else list(where)
     selected: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if not name or not (isinstance(module, nn.Linear) or is_attention(module)):
+        if not name or not _is_adaptable(module):
             continue
         matched = where(name, module) if patterns is None else any(fnmatch.fnmatchcase(name, p) for p in patterns)
         # what lies inside a selected attention is adapted with it
@@ -184,7 +197,7 @@ def _select(model: nn.Module, where: Any) -> dict[str, nn.Module]:
 
 
 def _nothing_found(model: nn.Module, patterns: list[str] | None) -> str:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_attention(module)]
+    names = [name for name, module in model.named_modules() if _is_adaptable(module)]
     if patterns is None:
         return f"the predicate selected none of the {len(names)} linear and attention modules, e.g. {names[:5]}."
     near = [match for pattern in patterns for match in difflib.get_close_matches(pattern.strip("*."), names, 3, 0.3)]
@@ -216,15 +229,22 @@ def _check_selection(model: nn.Module, selected: dict[str, nn.Module], parts: tu
                 f"{name} belongs to {type(parent).__name__}, which reads its weight without calling it: an adapter there "
                 f"would never train. Select the attention itself ({name.rpartition('.')[0]!r}) with targets=['out']."
             )
-        elif type(module).forward is not nn.Linear.forward:
+        elif _has_own_forward(module):
+            hooked = " (if from a device_map: load the model on one device)" if "forward" in vars(module) else ""
             raise TypeError(
-                f"{name} is a {type(module).__name__} with a forward of its own; a plain nn.Linear is accepted."
+                f"{name} is a {type(module).__name__} with a forward of its own{hooked}; a plain nn.Linear is accepted."
             )
         elif isinstance(parent, nn.TransformerEncoderLayer) and not any(_inside(parent, m) for m in selected.values()):
             raise ValueError(
                 f"{name} belongs to nn.TransformerEncoderLayer, whose fast path for evaluation reads its weight without "
                 "calling it. Select its self_attn as well, which closes that path."
             )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    plain = conv1d_class() if is_conv1d(module) else nn.Linear
+    # one of the instance alone is how accelerate moves operands between the devices of a device_map
+    return type(module).forward is not plain.forward or "forward" in vars(module)
 
 
 def _inside(layer: nn.TransformerEncoderLayer, module: nn.Module) -> bool:
@@ -304,17 +324,17 @@ def remove(model: nn.Module) -> nn.Module:
     Returns:
         The model; when `model` itself is an adapted layer, the plain layer.
     """
-    if isinstance(model, FusedRankLoRALinear):
-        return model.to_linear()
-    if isinstance(model, _PackedAttention):
-        return model.to_plain()
-    hosts = [(name, m) for name, m in model.named_modules() if isinstance(m, (FusedRankLoRALinear, _PackedAttention))]
-    for name, module in hosts:
+    if isinstance(model, _HOSTS):
+        return _plain(model)
+    for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, _HOSTS)]:
         # an adapted out_proj goes with its attention
         if not isinstance(model.get_submodule(name.rpartition(".")[0]), _PackedAttention):
-            plain = module.to_plain() if isinstance(module, _PackedAttention) else module.to_linear()
-            model.set_submodule(name, plain)
+            model.set_submodule(name, _plain(module))
     return model
+
+
+def _plain(module: Any) -> nn.Module:
+    return module.to_linear() if isinstance(module, FusedRankLoRALinear) else module.to_plain()
 
 
 def rank_report(model: nn.Module) -> RankReport:
