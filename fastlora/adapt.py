@@ -16,6 +16,7 @@ from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention,
 from fastlora.modules.conv1d import FusedRankLoRAConv1D, conv1d_class, is_conv1d
 from fastlora.modules.linear import FusedRankLoRALinear
 from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
+from fastlora.tied import check_untied, warn_of_ties
 
 Where = str | Callable[[str, nn.Module], bool] | Sequence[str]
 
@@ -117,6 +118,9 @@ def inject(
         ValueError: unknown target or tower, nothing found (near names are listed), already adapted, or an attention
             with options that are not supported. The model is unchanged.
         TypeError: a selected module has a forward of its own.
+    Warns:
+        UserWarning: a weight is tied to another one, such as that of a language model's head to its embedding. The
+            adapter leaves the tie alone, and `merge` refuses the weight.
     """
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
@@ -133,6 +137,7 @@ def inject(
     for name, module in selected.items():
         model.set_submodule(name, _adapted(module, parts, rank, layer_kwargs))
     added = {name: adapter for name, adapter in adapters(model) if _within(name, selected)}
+    warn_of_ties(model, added)
     return InjectReport(tuple(added), sum(p.numel() for p in adapter_parameters(model) if p.requires_grad))
 
 
@@ -263,21 +268,27 @@ def prune(model: nn.Module) -> dict[str, int]:
     return {name: adapter.prune_() for name, adapter in found.items()}
 
 
-def merge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, **merge_kwargs: Any) -> MergeReport:
+def merge(
+    model: nn.Module, *, residuals: dict[str, Tensor] | None = None, allow_tied: bool = False, **merge_kwargs: Any
+) -> MergeReport:
     """Merge every adapter into its weight, all in one call of `fastlora.ops.merge_`, then start fresh adapters.
 
     Args:
+        allow_tied: merge into weights that are tied to others as well, which changes those too.
         residuals: name -> what rounding has dropped from that adapter's weight so far. An adapter without an entry gets
             one of zeros in the weight's dtype, so start with {} and pass the same dict at every merge; for one byte an
             element put `fastlora.ops.new_residuals(weights, int8=True)` there first.
         merge_kwargs: passed to `fastlora.ops.merge_` (rounding, seed, check).
     Raises:
         MergeError: some adapter is not finite, or a sum overflows; no weight and no adapter has changed.
+        ValueError: a weight is tied to another one, and allow_tied is False; likewise.
     """
-    return _merge_all(merge_, model, residuals, merge_kwargs)
+    return _merge_all(merge_, model, residuals, allow_tied, merge_kwargs)
 
 
-def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, check: bool = True) -> MergeReport:
+def unmerge(
+    model: nn.Module, *, residuals: dict[str, Tensor] | None = None, allow_tied: bool = False, check: bool = True
+) -> MergeReport:
     """Take the adapters that the model holds out of its weights, then start fresh ones: undoes the merge of the same.
 
         fastlora.load_adapter(model, "adapters/task_03.safetensors")
@@ -285,15 +296,22 @@ def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, che
 
     Args:
         residuals: as `merge` filled them; with them the weights come back bit for bit (see `fastlora.ops.unmerge_`).
+        allow_tied: as for `merge`.
     Raises: as `merge`.
     """
-    return _merge_all(unmerge_, model, residuals, {"check": check})
+    return _merge_all(unmerge_, model, residuals, allow_tied, {"check": check})
 
 
 def _merge_all(
-    run: Callable[..., MergeReport], model: nn.Module, residuals: dict[str, Tensor] | None, options: dict[str, Any]
+    run: Callable[..., MergeReport],
+    model: nn.Module,
+    residuals: dict[str, Tensor] | None,
+    allow_tied: bool,
+    options: dict[str, Any],
 ) -> MergeReport:
     found = _adapters_or_raise(model)
+    if not allow_tied:
+        check_untied(model, found)
     for name, adapter in found.items():
         check_finite_gate(adapter.gate, f"{name}.gate")
     layers = list(found.values())

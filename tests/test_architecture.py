@@ -1,4 +1,4 @@
-"""Data flows one way: kernels -> ops -> modules -> adapt -> continual -> cli. No import points back up."""
+"""Data flows one way: kernels -> ops -> modules -> adapt -> interop -> continual -> cli. No import points back up."""
 
 import ast
 import subprocess
@@ -20,9 +20,10 @@ LAYERS = (
     ),
     ("fastlora.ops",),
     ("fastlora.modules",),
-    ("fastlora.adapt", "fastlora.optim", "fastlora.tune"),
+    ("fastlora.tied", "fastlora.adapt", "fastlora.optim", "fastlora.tune"),
     ("fastlora.adapter_file", "fastlora.base_weights"),
     ("fastlora.journal", "fastlora.journal_entry", "fastlora.merge_files"),
+    ("fastlora.interop",),
     ("fastlora.continual",),
     ("fastlora.doctor", "fastlora.cli"),
 )
