@@ -38,6 +38,7 @@ PACKAGES = [
     "fastlora.continual.datasets",
     "fastlora.continual.demo",
     "fastlora.continual.methods",
+    "fastlora.interop",
     "fastlora.modules",
     "fastlora.ops",
     "fastlora.triton_kernels",

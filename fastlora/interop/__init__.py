@@ -1,0 +1,1 @@
+"""fastlora beside other projects; nothing else in the package knows them."""
