@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ from fastlora.checks import check_finite_gate
 from fastlora.interrupts import uninterrupted
 from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention, is_attention, refuse_unsupported
+from fastlora.modules.conv1d import FusedRankLoRAConv1D, conv1d_class, is_conv1d
 from fastlora.modules.linear import FusedRankLoRALinear
 from fastlora.modules.quantized import QuantizedRankLoRALinear, format_of, put_requantized, requantized
 from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
 from fastlora.sharded import is_sharded, merge_shards
+from fastlora.tied import check_untied, warn_of_ties
 
 Where = str | Callable[[str, nn.Module], bool] | Sequence[str]
 
@@ -25,6 +27,8 @@ TARGETS = (*PARTS, "fc1", "fc2")
 TOWERS = ("vision", "text", "all")
 # open_clip's names of a block's feed-forward layers
 _FEED_FORWARD = {"c_fc": "fc1", "c_proj": "fc2"}
+# what stands in the place of a module of the plain model
+_HOSTS = (FusedRankLoRALinear, FusedRankLoRAConv1D, QuantizedRankLoRALinear, _PackedAttention)
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,8 @@ def inject(
 
     In an open_clip model `where` names the tower, and `targets` the matrices of every block: q, k, v and out of the
     attention, fc1 and fc2 of the feed-forward part. In any other module, `where` is a predicate or a list of globs over
-    module names; it selects nn.Linear layers and whole attentions (of which `targets` picks the parts). A linear layer
-    that bitsandbytes or torchao quantised becomes a `QuantizedRankLoRALinear` over it.
+    module names; it selects nn.Linear layers, transformers' Conv1D, and whole attentions (of which `targets` picks the
+    parts). A linear layer that bitsandbytes or torchao quantised becomes a `QuantizedRankLoRALinear` over it.
 
     Args:
         model: changed in place; its weights keep their storage.
@@ -141,9 +145,12 @@ def inject(
     Raises:
         ValueError: unknown target or tower, nothing found (near names are listed), already adapted, or an attention
             with options that are not supported.
-        TypeError: a selected module is neither linear nor attention.
+        TypeError: a selected module has a forward of its own.
         RuntimeError: there is no memory for an adapter.
         Whatever is raised, the model is unchanged.
+    Warns:
+        UserWarning: a weight is tied to another one, such as that of a language model's head to its embedding. The
+            adapter leaves the tie alone, and `merge` refuses the weight.
     """
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
@@ -159,8 +166,24 @@ def inject(
     # one throw-away adapter: bad options are found before anything in the model has changed
     FusedRankLoRALinear(1, 1, rank, **layer_kwargs)
     _replace(model, selected, parts, rank, layer_kwargs)
-    names = tuple(name for name, _ in adapters(model) if _within(name, selected))
-    return InjectReport(names, sum(p.numel() for p in adapter_parameters(model) if p.requires_grad))
+    added = {name: adapter for name, adapter in adapters(model) if _within(name, selected)}
+    warn_of_ties(model, added)
+    return InjectReport(tuple(added), sum(p.numel() for p in adapter_parameters(model) if p.requires_grad))
+
+
+def _adapted(module: nn.Module, parts: tuple[str, ...], rank: int, options: dict[str, Any]) -> Any:
+    if is_attention(module):
+        return adapt_attention(module, parts, rank, **options)
+    if is_conv1d(module):
+        return FusedRankLoRAConv1D(module, rank, **options)
+    if format_of(module) is not None:
+        return QuantizedRankLoRALinear(module, rank, **options)
+    return FusedRankLoRALinear.from_linear(module, rank, **options)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    # an adapted one as well, to be refused by name
+    return isinstance(module, (nn.Linear, FusedRankLoRAConv1D)) or is_attention(module) or is_conv1d(module)
 
 
 def _replace(
@@ -175,16 +198,12 @@ def _replace(
             for parameter, _ in flags:
                 parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
             for name, module in selected.items():
-                if is_attention(module):
-                    replaced[name] = adapt_attention(module, parts, rank, **layer_kwargs)
-                elif format_of(module) is not None:
-                    replaced[name] = QuantizedRankLoRALinear(module, rank, **layer_kwargs)
-                else:
-                    replaced[name] = FusedRankLoRALinear.from_linear(module, rank, **layer_kwargs)
+                replaced[name] = _adapted(module, parts, rank, layer_kwargs)
                 model.set_submodule(name, replaced[name])
     except Exception:
         for name, adapted in replaced.items():
-            model.set_submodule(name, adapted.to_plain() if isinstance(adapted, _PackedAttention) else selected[name])
+            emptied = isinstance(adapted, (_PackedAttention, FusedRankLoRAConv1D))
+            model.set_submodule(name, adapted.to_plain() if emptied else selected[name])
         for parameter, trained in flags:
             parameter.requires_grad_(trained)
         raise
@@ -226,7 +245,7 @@ def _select(model: nn.Module, where: Any) -> dict[str, nn.Module]:
     patterns = None if callable(where) else list(where)
     selected: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if not name or not (isinstance(module, nn.Linear) or is_attention(module)):
+        if not name or not _is_adaptable(module):
             continue
         matched = where(name, module) if patterns is None else any(fnmatch.fnmatchcase(name, p) for p in patterns)
         # what lies inside a selected attention is adapted with it
@@ -238,7 +257,7 @@ def _select(model: nn.Module, where: Any) -> dict[str, nn.Module]:
 
 
 def _nothing_found(model: nn.Module, patterns: list[str] | None) -> str:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_attention(module)]
+    names = [name for name, module in model.named_modules() if _is_adaptable(module)]
     if patterns is None:
         return f"the predicate selected none of the {len(names)} linear and attention modules, e.g. {names[:5]}."
     near = [match for pattern in patterns for match in difflib.get_close_matches(pattern.strip("*."), names, 3, 0.3)]
@@ -270,15 +289,22 @@ def _check_selection(model: nn.Module, selected: dict[str, nn.Module], parts: tu
                 f"{name} belongs to {type(parent).__name__}, which reads its weight without calling it: an adapter there "
                 f"would never train. Select the attention itself ({name.rpartition('.')[0]!r}) with targets=['out']."
             )
-        elif type(module).forward is not nn.Linear.forward and format_of(module) is None:
+        elif _has_own_forward(module) and format_of(module) is None:
+            hooked = " (if from a device_map: load the model on one device)" if "forward" in vars(module) else ""
             raise TypeError(
-                f"{name} is a {type(module).__name__} with a forward of its own; a plain nn.Linear is accepted."
+                f"{name} is a {type(module).__name__} with a forward of its own{hooked}; a plain nn.Linear is accepted."
             )
         elif isinstance(parent, nn.TransformerEncoderLayer) and not any(_inside(parent, m) for m in selected.values()):
             raise ValueError(
                 f"{name} belongs to nn.TransformerEncoderLayer, whose fast path for evaluation reads its weight without "
                 "calling it. Select its self_attn as well, which closes that path."
             )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    plain = conv1d_class() if is_conv1d(module) else nn.Linear
+    # one of the instance alone is how accelerate moves operands between the devices of a device_map
+    return type(module).forward is not plain.forward or "forward" in vars(module)
 
 
 def _inside(layer: nn.TransformerEncoderLayer, module: nn.Module) -> bool:
@@ -302,7 +328,12 @@ def prune(model: nn.Module) -> dict[str, int]:
 
 
 def merge(
-    model: nn.Module, *, residuals: dict[str, Tensor] | None = None, requantize: Any = False, **merge_kwargs: Any
+    model: nn.Module,
+    *,
+    residuals: dict[str, Tensor] | None = None,
+    requantize: Any = False,
+    allow_tied: bool = False,
+    **merge_kwargs: Any,
 ) -> MergeReport:
     """Merge every adapter into its weight, all in one call of `fastlora.ops.merge_`, then start fresh adapters.
 
@@ -311,6 +342,7 @@ def merge(
 
     Args:
         model: with adapters; weights and adapters are written in place.
+        allow_tied: merge into weights that are tied to others as well, which changes those too.
         residuals: name -> what rounding has dropped from that adapter's weight so far. An adapter without an entry gets
             one of zeros in the weight's dtype, so start with {} and pass the same dict at every merge; for one byte an
             element put `fastlora.ops.new_residuals(weights, int8=True)` there first. Of a sharded model they are of the
@@ -322,12 +354,13 @@ def merge(
     Raises:
         MergeError: some adapter is not finite, a sum overflows, or a weight is quantised and `requantize` was not given;
             no weight and no adapter has changed.
-        ValueError: no adapters, a gate that is not finite, a weight that is tied to one that has no adapter (named), or
-            weights that `fastlora.ops.merge_` refuses; likewise.
+        ValueError: no adapters, a gate that is not finite, a weight that is tied to another one while allow_tied is
+            False, or weights that `fastlora.ops.merge_` refuses; likewise.
     """
     found = _adapters_or_raise(model)
     quantized = {name: layer for name, layer in found.items() if isinstance(layer, QuantizedRankLoRALinear)}
-    check_untied(model)
+    if not allow_tied:
+        check_untied(model, found)
     if not quantized:
         return _merge_all(model, found, residuals, False, merge_kwargs)
     made = requantized(quantized, requantize)
@@ -338,7 +371,9 @@ def merge(
     return MergeReport(lambda: rows, f"{merged.backend}+requantize" if merged else "requantize")
 
 
-def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, check: bool = True) -> MergeReport:
+def unmerge(
+    model: nn.Module, *, residuals: dict[str, Tensor] | None = None, allow_tied: bool = False, check: bool = True
+) -> MergeReport:
     """Take the adapters that the model holds out of its weights, then start fresh ones: undoes the merge of the same.
 
         fastlora.load_adapter(model, "adapters/task_03.safetensors")
@@ -347,6 +382,7 @@ def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, che
     Args:
         model: with the adapters that were merged; weights and adapters are written in place.
         residuals: as `merge` filled them; with them the weights come back bit for bit (see `fastlora.ops.unmerge_`).
+        allow_tied: as for `merge`.
         check: look at everything first, and write only if every adapter and every result is finite.
     Returns:
         What was taken out, for each adapter.
@@ -360,7 +396,8 @@ def unmerge(model: nn.Module, *, residuals: dict[str, Tensor] | None = None, che
             f"{quantized[0]} stores its weight quantised, so what was merged into it cannot be taken out again. Load the "
             "weights from before the merge."
         )
-    check_untied(model)
+    if not allow_tied:
+        check_untied(model, found)
     return _merge_all(model, found, residuals, True, {"check": check})
 
 
@@ -397,33 +434,6 @@ def _merge_all(
     return report
 
 
-def check_untied(model: nn.Module) -> None:
-    """Raises ValueError where a merge into the adapted weights of `model` would change another parameter too."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    own = {f"{name}.weight" for name, adapter in adapters(model) if isinstance(adapter, FusedRankLoRALinear)}
-    own |= {
-        f"{name}.in_proj_weight"
-        for name, module in model.named_modules()
-        if isinstance(module, _PackedAttention) and any(part is not None for part in (module.q, module.k, module.v))
-    }
-    own = {name.removeprefix(".") for name in own}
-    check_no_ties({name: named[name] for name in own}, named)
-
-
-def check_no_ties(merged: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where one of `weights` shares memory with one of `merged` and is not merged itself."""
-    # 0: no memory of its own that Python sees, as that of a meta tensor or of a DTensor
-    memory = {pointer: name for name, weight in merged.items() if (pointer := weight.data_ptr())}
-    for name, weight in weights.items():
-        other = None if name in merged else memory.get(weight.data_ptr())
-        if other is not None:
-            raise ValueError(
-                f"{other} and {name} are one tensor (tied); a merge into the first would change what the second computes, "
-                f"which nobody trained. Give the adapted module a weight of its own before: module.weight = "
-                "torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)."
-            )
-
-
 def remove(model: nn.Module) -> nn.Module:
     """Take all adapters out: `model` is the plain model again, over the same weights, with its original keys.
 
@@ -443,13 +453,10 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-_HOSTS = (FusedRankLoRALinear, QuantizedRankLoRALinear, _PackedAttention)
-
-
 def _plain(host: Any) -> nn.Module:
     if isinstance(host, QuantizedRankLoRALinear):
         return host.base
-    return host.to_plain() if isinstance(host, _PackedAttention) else host.to_linear()
+    return host.to_linear() if isinstance(host, FusedRankLoRALinear) else host.to_plain()
 
 
 def rank_report(model: nn.Module) -> RankReport:

@@ -34,6 +34,7 @@ class AdapterFile:
         settings: kappa and scaling by module.
         tensors: "MODULE.lora_a" [R, K], "MODULE.lora_b" [N, R] and "MODULE.gate" [R] of each module, on the CPU.
         hashes: fingerprint of the tensors.
+        transposed: the modules whose weight is stored [K, N].
     """
 
     path: str
@@ -41,6 +42,7 @@ class AdapterFile:
     settings: dict[str, dict[str, float]]
     tensors: dict[str, Tensor]
     hashes: dict[str, str]
+    transposed: frozenset[str]
 
     def adapter(self, module: str) -> tuple[Tensor, Tensor, Tensor]:
         """lora_a, lora_b and gate of a module."""
@@ -84,7 +86,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], metadata: Mappi
         raise ValueError(
             f"{type(model).__name__} has no adapters to save; call fastlora.inject(model, rank=...) first."
         )
-    settings = {name: {"kappa": a.kappa, "scaling": a.scaling} for name, a in adapters(model)}
+    # "transposed" where it is so: the delta of a square weight fits either way
+    settings = {
+        name: {"kappa": a.kappa, "scaling": a.scaling} | ({"transposed": True} if a.transposed else {})
+        for name, a in adapters(model)
+    }
     header = {**(metadata or {}), "format": FORMAT, "settings": json.dumps(settings)}
     header["sha256"] = checksum(header, fingerprint(tensors))
     write_atomically(path, save(tensors, metadata=header))
@@ -147,7 +153,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
             f"{path} is damaged: its content has another SHA-256 than its header tells. Restore it from a copy, or "
             "save it again with save_adapter."
         )
-    return AdapterFile(os.fspath(path), header, settings, tensors, hashes)
+    transposed = frozenset(name for name, each in json.loads(header["settings"]).items() if each.get("transposed"))
+    return AdapterFile(os.fspath(path), header, settings, tensors, hashes, transposed)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -74,9 +74,11 @@ def merge_adapter(
 
 
 def _target(file: AdapterFile, weights: Mapping[str, Tensor], module: str, where: str) -> Tensor:
-    """The [N, K] weight of a module; for q, k and v their rows of the packed projection."""
+    """The [N, K] weight of a module, a transposed view of one stored [K, N]; for q, k and v their rows of the packed."""
     host = host_of(weights, module, where)
     weight = weights[host]
+    if module in file.transposed and weight.dim() == 2:
+        weight = weight.t()
     if host == _join(module, "weight"):
         file.check_fits(module, weight.shape)
         return weight

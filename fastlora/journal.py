@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapt import adapters, check_no_ties, check_untied, prune
+from fastlora.adapt import adapters, prune
 from fastlora.adapter_file import adapter_tensors, read_adapter, save_adapter, some
 from fastlora.base_weights import base_weights, merge_adapter
 from fastlora.files import alone_in
@@ -29,6 +29,7 @@ from fastlora.journal_entry import (
     updated,
 )
 from fastlora.ops.merge import MergeReport
+from fastlora.tied import check_no_ties, check_untied
 
 _FILE = re.compile(r"task_(\d{2,})\.safetensors")
 _MERGE_OPTIONS = ("rounding", "seed")  # those that decide the bits of a merge and fit into a header
@@ -89,7 +90,7 @@ class Journal:
         """
         _check_options(merge_options)
         _check_finite(model)
-        check_untied(model)
+        check_untied(model, dict(adapters(model)))
         with alone_in(self.directory):
             entries = self._entries(self._numbers())
             base = self._base_of(model, entries)

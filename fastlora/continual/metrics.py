@@ -12,7 +12,10 @@ A true 0 % is a value like any other; a figure that has no terms (one task, no r
     Learning   = mean_j a[j, j]                           read it beside Forgetting: what learns nothing forgets nothing
 
 Transfer, Average, Last as in ZSCL (arXiv 2303.06628) and CoDyRA (arXiv 2412.01004); BWT, FWT as in GEM
-(arXiv 1706.08840).
+(arXiv 1706.08840). TRACE (arXiv 2310.06762), for streams of language tasks, calls Last overall performance, and divides
+the sum of BWT by T instead of T - 1:
+
+    OP  = mean_j a[T, j]                                  TRACE's BWT = mean_{j<=T} (a[T, j] - a[j, j])
 """
 
 from __future__ import annotations
@@ -65,6 +68,16 @@ def summarize(accuracy_matrix: Sequence[Sequence[float]], zero_shot: Sequence[fl
     if before is None:
         reasons["fwt"] = _NO_ROW_ZERO
     return figures | {"per_dataset": per_dataset, "reasons": reasons}
+
+
+def trace(accuracy_matrix: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The figures of TRACE after the last task: {"op": ..., "bwt": ...}.
+
+    Args, Raises: as `summarize`. A stream of one task has a bwt of 0.
+    """
+    figures = summarize(accuracy_matrix)
+    changes = [change for change in figures["per_dataset"]["bwt"] if change is not None]
+    return {"op": figures["last"], "bwt": sum(changes) / len(figures["per_dataset"]["bwt"])}
 
 
 def _per_dataset(a: np.ndarray, before: np.ndarray | None) -> dict[str, list[float | None]]:

@@ -26,19 +26,21 @@ class RankAdapter(nn.Module):
     """
 
     weight: Any
+    # whether the parameter beneath `weight` is stored [K, N], and `weight` its transposed view
+    transposed = False
 
     def _init_adapter(
         self,
         in_features: int,
         out_features: int,
         rank: int,
-        kappa: float,
-        scaling: float,
-        dropout: float,
-        gate_init: str,
-        backend: str,
-        recompute: bool,
-        device: torch.device | str | None,
+        kappa: float = 0.0,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        gate_init: str = "normal",
+        backend: str = "auto",
+        recompute: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         check_layer_options(rank, kappa, scaling, dropout, gate_init)
         self.in_features, self.out_features = in_features, out_features

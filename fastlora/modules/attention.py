@@ -32,7 +32,7 @@ class PackedProjection(RankAdapter):
         self.part = part
         width = attention.embed_dim
         device = attention.in_proj_weight.device
-        self._init_adapter(width, width, rank, **{**_DEFAULTS, **options}, device=device)
+        self._init_adapter(width, width, rank, **options, device=device)
 
     @property
     def _rows(self) -> slice:
@@ -56,11 +56,6 @@ class PackedProjection(RankAdapter):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., d] through this block of the packed projection."""
         return self._adapted(x, weight, bias)
-
-
-_DEFAULTS: dict[str, Any] = {
-    "kappa": 0.0, "scaling": 1.0, "dropout": 0.0, "gate_init": "normal", "backend": "auto", "recompute": False
-}  # fmt: skip
 
 
 class _PackedAttention(nn.Module):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastlora.continual.metrics import FIGURES, summarize
+from fastlora.continual.metrics import FIGURES, summarize, trace
 
 # rows after task 1, 2, 3; a true 0 % on dataset 2 after task 1, and a dataset (1) that is best in the middle
 MATRIX = [
@@ -23,6 +23,16 @@ def test_by_hand():
     assert result["fwt"] == pytest.approx(((0.0 - 10.0) + (20.0 - 25.0)) / 2)
     assert result["learning"] == pytest.approx((80.0 + 70.0 + 100.0) / 3)
     assert result["reasons"] == {}
+
+
+def test_figures_of_trace_by_hand():
+    assert trace(MATRIX) == {
+        "op": pytest.approx((60.0 + 50.0 + 100.0) / 3),
+        "bwt": pytest.approx((-20.0 - 20.0 + 0.0) / 3),
+    }
+    assert trace([[30.0]]) == {"op": 30.0, "bwt": 0.0}
+    with pytest.raises(ValueError, match=r"it must be \[T, T\]"):
+        trace(MATRIX[:2])
 
 
 def test_per_dataset_by_hand():
