@@ -22,7 +22,7 @@ from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
 from fastlora.continual.graphed_step import GraphedStep, check_capture
 from fastlora.continual.loggers import Loggers
-from fastlora.continual.memory import out_of_memory
+from fastlora.continual.memory import out_of_memory, ran_out_of_memory
 from fastlora.continual.methods import TaskContext, build_method
 from fastlora.continual.methods.distillation import Distillation, check_reference, distils
 from fastlora.continual.precision import DTYPES, check_dtype
@@ -214,7 +214,9 @@ class Trainer:
     def _step(self, step: Any, iteration: int, batch: Batch, ctx: TaskContext) -> Tensor:
         try:
             return step(iteration, batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             reason = error.with_traceback(None)  # the frames of the step hold what it computed
         raise RuntimeError(out_of_memory(self, ctx, batch.images)) from reason
 
