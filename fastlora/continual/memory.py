@@ -167,6 +167,11 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether there was no memory for a tensor; of a CPU's, torch has no type of error."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def out_of_memory(trainer: Trainer, ctx: Any, images: Tensor) -> str:
     """The message when the device's memory ran out in a step: what it takes, the three largest consumers, what helps."""
     failed = f"memory of {trainer.device} ran out on {len(images)} images a step."

@@ -98,7 +98,7 @@ def _read(path: Path, parse: Any) -> Any:
         return parse(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing, so the run cannot be read. Restore it, or train again.") from None
-    except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}). Restore it, or train again."
         ) from error

@@ -23,7 +23,7 @@ from fastlora.continual.drift import Drift
 from fastlora.continual.evaluation import Evaluation, evaluate
 from fastlora.continual.graphed_step import GraphedStep, check_capture
 from fastlora.continual.loggers import Loggers
-from fastlora.continual.memory import out_of_memory
+from fastlora.continual.memory import out_of_memory, ran_out_of_memory
 from fastlora.continual.methods import TaskContext, build_method
 from fastlora.continual.methods.distillation import Distillation, check_reference, distils
 from fastlora.continual.parallel import check_parallel
@@ -234,7 +234,9 @@ class Trainer:
         try:
             with self.world.reaching():
                 return step(iteration, batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             reason = error.with_traceback(None)  # the frames of the step hold what it computed
         raise RuntimeError(out_of_memory(self, ctx, batch.images)) from reason
 

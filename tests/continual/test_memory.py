@@ -61,8 +61,11 @@ def test_options_of_the_step_are_in_the_plan(make_clip, tokenizer, make_stream):
     assert 0.45 * whole.weights < half.rounded < 0.55 * whole.weights and whole.needs.rounded == 0
 
 
-def test_running_out_of_memory_names_the_largest_consumers(clip, tokenizer, stream, monkeypatch, tmp_path):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_running_out_of_memory_names_the_largest_consumers(clip, tokenizer, stream, monkeypatch, tmp_path, device):
     def runs_out(self, iteration, batch):
+        if device == "cpu":
+            torch.empty(1 << 60, dtype=torch.uint8)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(TrainingStep, "__call__", runs_out)

@@ -21,7 +21,7 @@ def read_lines(path: Path) -> list[str]:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: brackets within brackets
         raise DataError(f"{path} is not JSON ({error}). Download it again.") from None
 
 

@@ -131,6 +131,7 @@ def test_cars_without_test_labels(tmp_path):
     ("content", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         (json.dumps({"train": []}), r"no rows of \[image, label, class\] under 'test'"),
         (json.dumps({"train": [["a.jpg", 0]], "test": []}), "no rows of .* under 'train'"),
         (

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import random
-import signal
 import time
 
 import pytest
@@ -17,6 +16,7 @@ from continual.resume.cases import (
     results,
     stop,
 )
+from killing import killed_after
 from safetensors.torch import load_file, save_file
 
 import fastlora
@@ -251,27 +251,6 @@ def test_killed_at_random_moments(train, whole, tmp_path):
         assert_same_results(results(out, model), expected)
         assert not [path for path in out.rglob(".*")]
         ends += 1
-
-
-def killed_after(seconds, work):
-    """Whether `work`, done in a child, was killed before it had come to an end; it must not fail by itself."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return False
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
 
 
 # ---- a full disk
