@@ -324,17 +324,19 @@ def _merge_all(
     return report
 
 
+def adapted_weights(model: nn.Module) -> set[str]:
+    """Names of the parameters that a merge of the model's adapters writes into."""
+    names = {f"{name}.weight" for name, adapter in adapters(model) if isinstance(adapter, FusedRankLoRALinear)}
+    for name, module in model.named_modules():
+        if isinstance(module, _PackedAttention) and any(part is not None for part in (module.q, module.k, module.v)):
+            names.add(f"{name}.in_proj_weight")
+    return {name.removeprefix(".") for name in names}
+
+
 def check_untied(model: nn.Module) -> None:
     """Raises ValueError where a merge into the adapted weights of `model` would change another parameter too."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    own = {f"{name}.weight" for name, adapter in adapters(model) if isinstance(adapter, FusedRankLoRALinear)}
-    own |= {
-        f"{name}.in_proj_weight"
-        for name, module in model.named_modules()
-        if isinstance(module, _PackedAttention) and any(part is not None for part in (module.q, module.k, module.v))
-    }
-    own = {name.removeprefix(".") for name in own}
-    check_no_ties({name: named[name] for name in own}, named)
+    check_no_ties({name: named[name] for name in adapted_weights(model)}, named)
 
 
 def check_no_ties(merged: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastlora.adapt import adapters
+from fastlora.adapt import adapted_weights, adapter_parameters, adapters
 from fastlora.checks import check_kappa, check_scaling
 from fastlora.files import write_atomically
 from fastlora.fingerprint import checksum, fingerprint, kind
@@ -71,6 +72,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
     """Write the adapters of `model`, at the ranks they hold, with their kappa and scaling and a checksum of it all.
 
+    The file also knows, by a hash, the weights that no adapter updates: `load_adapter` warns over others.
+
     Args:
         path: file to write; one that exists is replaced in a single step.
         metadata: further string pairs for the file's header.
@@ -84,13 +87,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], metadata: Mappi
             f"{type(model).__name__} has no adapters to save; call fastlora.inject(model, rank=...) first."
         )
     settings = {name: {"kappa": a.kappa, "scaling": a.scaling} for name, a in adapters(model)}
-    header = {**(metadata or {}), "format": FORMAT, "settings": json.dumps(settings)}
+    header = {**(metadata or {}), "format": FORMAT, "settings": json.dumps(settings), "frame": _frame(model)}
     header["sha256"] = checksum(header, fingerprint(tensors))
     write_atomically(path, save(tensors, metadata=header))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Read adapters into a model that was injected at the same places; their ranks become those of the file.
+
+    Warns (RuntimeWarning) where the weights that no adapter updates are others than when the file was saved: another
+    model of the same shapes, another dtype, or something trained beside the adapters that the file does not hold.
 
     Raises:
         ValueError: the file is no adapter file, is damaged, or its modules or widths are not those of the model
@@ -107,6 +113,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     for name, adapter in found.items():
         file.check_fits(name, (adapter.out_features, adapter.in_features))
+    saved_over = file.header.get("frame")
+    if saved_over and saved_over != _frame(model):
+        warnings.warn(
+            f"{path} was saved over other weights than those of this {type(model).__name__} (of what no adapter updates): "
+            "it is another model of the same shapes, in another dtype, or was trained beside its adapters. The adapters "
+            "are loaded; what they do here is not what was trained there.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     loaded = {  # moved first: whatever fails here, nothing has changed
         name: [tensor.to(own) for tensor, own in zip(file.adapter(name), (a.lora_a, a.lora_b, a.gate))]
         for name, a in found.items()
@@ -144,6 +159,14 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
             "save it again with save_adapter."
         )
     return AdapterFile(os.fspath(path), header, settings, tensors, hashes)
+
+
+def _frame(model: nn.Module) -> str:
+    """SHA-256 of the parameters that no adapter updates: a merge leaves them as they are. "" where some have no data."""
+    merged, own = adapted_weights(model), {id(parameter) for parameter in adapter_parameters(model)}
+    named = model.named_parameters(remove_duplicate=False)
+    frame = {name: p.detach() for name, p in named if name not in merged and id(p) not in own}
+    return "" if any(p.is_meta for p in frame.values()) else checksum({}, fingerprint(frame))
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:

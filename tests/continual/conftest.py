@@ -11,6 +11,7 @@ from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_dir import RunDir
 from fastlora.continual.stream import TaskStream
 
+
 @pytest.fixture
 def clip() -> torch.nn.Module:
     return tiny_clip()
