@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from fastlora.checks import check_kappa, check_scaling
 from fastlora.files import write_atomically
 from fastlora.fingerprint import checksum, fingerprint, kind
 from fastlora.interrupts import uninterrupted
+from fastlora.tensor_file import read_tensors
 
 FORMAT = "fastlora.adapter/2"
 # without a checksum; still read, since its adapters are as good as ever, but no journal takes it: it names no base
@@ -171,13 +172,9 @@ def _frame(model: nn.Module) -> str:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            # cloned out of the mapping of the file: what is written into the file later would change the adapters
-            return file.metadata() or {}, {key: file.get_tensor(key).clone() for key in file.keys()}
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:  # a directory gives an OSError that names nothing
-        raise (OSError if isinstance(error, OSError) else ValueError)(
+        return read_tensors(path)
+    except SafetensorError as error:
+        raise ValueError(
             f"{path} is not a readable safetensors file ({error}). Restore it from a copy, or save it again with "
             "save_adapter."
         ) from error
