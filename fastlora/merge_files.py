@@ -57,13 +57,22 @@ def merge_files(
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    before = _identity(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, {"format": "pt", **(file.metadata() or {})}
+        with safe_open(path, framework="pt") as file:  # which maps a large file, and opens it by name twice
+            found = {key: file.get_tensor(key) for key in file.keys()}, {"format": "pt", **(file.metadata() or {})}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}). Give a state_dict saved as one."
         ) from None
+    if _identity(path) != before:
+        raise ValueError(f"{path} was replaced while it was read. Start again when nobody writes it.")
+    return found
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _check_journal(path: str | os.PathLike[str], state: dict[str, Tensor], entries: Sequence[JournalEntry]) -> None:

@@ -13,19 +13,24 @@ from fastlora.modules.adapter import RankAdapter
 
 def ties(model: nn.Module, adapters: Mapping[str, RankAdapter]) -> dict[str, list[str]]:
     """Adapter name -> the parameters in the memory of its weight, for those that have several. Meta tensors have none."""
+    return {name: shared for name, shared in owners(model, adapters).items() if len(shared) > 1}
+
+
+def owners(model: nn.Module, adapters: Mapping[str, RankAdapter]) -> dict[str, list[str]]:
+    """Adapter name -> the parameters in the memory of its weight."""
     blocks: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
     # module by module: one that has two places in the model is still one owner
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            if _has_memory(parameter):
+            if has_memory(parameter):
                 blocks[parameter.untyped_storage().data_ptr()].append((name, parameter))
     found = {}
     for name, adapter in adapters.items():
         weight = adapter.weight
-        if _has_memory(weight):
+        if has_memory(weight):
             near = blocks[weight.untyped_storage().data_ptr()]
             found[name] = [other for other, parameter in near if _overlap(weight, parameter)]
-    return {name: shared for name, shared in found.items() if len(shared) > 1}
+    return found
 
 
 def check_untied(model: nn.Module, adapters: Mapping[str, RankAdapter]) -> None:
@@ -65,7 +70,8 @@ def warn_of_ties(model: nn.Module, adapters: Mapping[str, RankAdapter]) -> None:
         )
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def has_memory(tensor: Tensor) -> bool:
+    """Whether `tensor` is a plain one with elements that are somewhere."""
     # a subclass, such as DTensor, may not tell where its memory is
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
 

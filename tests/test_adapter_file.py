@@ -10,15 +10,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastlora
+from fastlora import tensor_file
 from fastlora.adapter_file import read_adapter
 
 
 def model(width=6, kappa=0.0):
-    network = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 3))
+    """Its frozen weights are always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        network = plain(width)
     fastlora.inject(network, rank=5, where=["0", "1"], kappa=kappa, scaling=0.5)
     for _, adapter in fastlora.adapters(network):
         adapter.lora_b.data.normal_()
     return network
+
+
+def plain(width=6):
+    return nn.Sequential(nn.Linear(4, width), nn.Linear(width, 3))
 
 
 def state(network):
@@ -246,10 +254,43 @@ def test_a_file_that_is_overwritten_after_it_was_loaded_changes_no_adapter(tmp_p
     assert all(torch.equal(a, b) for a, b in zip(before.values(), state(loaded).values()))
 
 
+def test_another_model_of_the_same_shapes_is_told(tmp_path, recwarn):
+    """By the weights that no adapter updates; those that are merged into play no part."""
+    saved, path = model(), tmp_path / "a.safetensors"
+    fastlora.save_adapter(saved, path)
+    fastlora.merge(saved)
+    fastlora.load_adapter(saved, path)
+    fastlora.load_adapter(model(), path)
+    assert not [warning for warning in recwarn if "was saved over" in str(warning.message)]
+    other = model()
+    other[1].bias.data[0] += 1
+    with pytest.warns(RuntimeWarning, match="a.safetensors was saved over other weights than those of this Sequential"):
+        fastlora.load_adapter(other, path)
+    assert torch.equal(other[0].gate, read_adapter(path).tensors["0.gate"])  # it may be meant
+
+
+def test_a_file_without_a_frame_is_loaded(tmp_path, recwarn):
+    """Written before there was one, or over weights that were not there."""
+    path = tmp_path / "a.safetensors"
+    fastlora.save_adapter(model(), path)
+    rewrite(path, format="fastlora.adapter/1", frame=None, sha256=None)
+    fastlora.load_adapter(model(), path)
+    assert not [warning for warning in recwarn if "was saved over" in str(warning.message)]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_one_or_the_other(tmp_path, monkeypatch):
+    """Not the header of one and the tensors of the other, which has another checksum."""
+    path, first = tmp_path / "a.safetensors", model()
+    fastlora.save_adapter(first, path)
+    load = tensor_file.load
+    monkeypatch.setattr(tensor_file, "load", lambda content: fastlora.save_adapter(model(), path) or load(content))
+    assert torch.equal(read_adapter(path).tensors["0.gate"], first[0].gate)
+
+
 def test_missing_file_and_missing_adapters(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.safetensors"):
         fastlora.load_adapter(model(), tmp_path / "none.safetensors")
-    with pytest.raises(OSError, match=f"{tmp_path.name} is not a readable safetensors file"):
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
         fastlora.load_adapter(model(), tmp_path)
     with pytest.raises(ValueError, match="has no adapters to save"):
         fastlora.save_adapter(nn.Linear(2, 2), tmp_path / "a.safetensors")

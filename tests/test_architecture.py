@@ -16,6 +16,7 @@ LAYERS = (
         "fastlora.files",
         "fastlora.fingerprint",
         "fastlora.interrupts",
+        "fastlora.tensor_file",
         "fastlora.build",
         "fastlora._C",
     ),

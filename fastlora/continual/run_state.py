@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_dir import RunDir
 from fastlora.files import write_atomically
 from fastlora.fingerprint import checksum, fingerprint
+from fastlora.tensor_file import read_tensors
 
 FORMAT = "fastlora.state/1"
 
@@ -106,7 +107,10 @@ def read_state(path: Path) -> RunState:
         ValueError: another version wrote it, or some bit of it has changed.
         OSError: it cannot be read.
     """
-    header, tensors = _read(path)
+    try:
+        header, tensors = read_tensors(path)
+    except SafetensorError as error:
+        raise ValueError(_damaged(path, str(error))) from error
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {header.get('format')!r}; this version of fastlora reads {FORMAT!r}. Resume with the "
@@ -122,16 +126,6 @@ def read_state(path: Path) -> RunState:
         for kind in _TENSORS
     }
     return RunState(record=Record(**record), **values, **parts)
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            # cloned into memory of torch's own alignment: in the file's, which hangs on the length of the header, the last
-            # bits of a product can be others, and a resumed run would differ from one that was never cut short
-            return file.metadata() or {}, {key: file.get_tensor(key).clone() for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(_damaged(path, str(error))) from error
 
 
 def _damaged(path: Path, why: str) -> str:

@@ -1,5 +1,6 @@
 """`fastlora merge`: adapter files into a file of weights."""
 
+import os
 import re
 
 import torch
@@ -8,6 +9,7 @@ from helpers import run
 from safetensors.torch import load_file, save_file
 
 import fastlora
+from fastlora import merge_files
 
 
 def test_merge_of_files_is_the_merge_of_the_trainer(capsys, tmp_path, trained):
@@ -119,3 +121,20 @@ def test_merge_refuses_a_broken_adapter(capsys, tmp_path, trained):
     fastlora.save_adapter(model, tmp_path / "broken.safetensors")
     code, _, err = run(capsys, "merge", "base.safetensors", "broken.safetensors", "--out", "out.safetensors")
     assert code == 1 and "visual.transformer.resblocks.0.attn.k" in err and not (tmp_path / "out.safetensors").exists()
+
+
+def test_weights_that_are_replaced_while_they_are_read(capsys, monkeypatch, tmp_path, trained):
+    """Their header is read in one opening and their tensors in another."""
+    base, opened = tmp_path / "base.safetensors", merge_files.safe_open
+    (tmp_path / "other.safetensors").write_bytes(base.read_bytes())
+
+    def replaced(path, framework):
+        file = opened(path, framework)
+        os.replace(tmp_path / "other.safetensors", base)
+        return file
+
+    monkeypatch.setattr(merge_files, "safe_open", replaced)
+    adapter = trained / "adapters" / "task_01.safetensors"
+    code, _, err = run(capsys, "merge", "base.safetensors", adapter, "--out", "out.safetensors")
+    assert code == 1 and "base.safetensors was replaced while it was read. Start again" in err
+    assert not (tmp_path / "out.safetensors").exists()

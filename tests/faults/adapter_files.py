@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from faults.case import Outcome, group
-from faults.judge import content, harm, refused, right, short, their_refusal, worst
-from faults.models import RANK, K, N, ours, theirs
+from faults.judge import content, harm, refused, right, short, their_refusal, warns, worst
+from faults.models import RANK, K, N, ours, theirs, two_linears
 from faults.stored import flipped, flips, loading, rewritten, saved, their_load, their_saved
 from journal.cases import Net, write_tasks
 from safetensors.torch import load_file, save_file
@@ -252,6 +252,29 @@ def adapter_of_another_width(folder: Path) -> Outcome:
 def _(folder: Path) -> Outcome:
     theirs(nn.Sequential(nn.Linear(K, 9), nn.Tanh(), nn.Linear(9, N))).save_pretrained(folder)
     return their_refusal(lambda: their_load(folder), "size mismatch", "[9, 4]")
+
+
+def _another_base() -> nn.Module:
+    model = two_linears()
+    nn.init.normal_(model[0].bias)
+    return model
+
+
+@files("a warning that names the file: adapters are moved to another model on purpose, too")
+def adapter_of_another_base(folder: Path) -> Outcome:
+    """The file is loaded into a model of the same shapes with other frozen weights."""
+    path, model = saved(folder), ours(_another_base())
+    quiet = refused(lambda: fastlora.load_adapter(ours(), path), "other weights", accepted="as it should be")
+    found = warns(lambda: fastlora.load_adapter(model, path), path.name, "other weights", without="no warning")
+    return worst([found, right(quiet.seen == "as it should be", f"its own base: {quiet.seen}")])
+
+
+@adapter_of_another_base.peft
+def _(folder: Path) -> Outcome:
+    import peft
+
+    their_saved(folder)
+    return warns(lambda: peft.PeftModel.from_pretrained(_another_base(), folder), "base", without="no warning")
 
 
 class Payload:

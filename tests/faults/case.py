@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import pickle
@@ -11,7 +12,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,28 +116,57 @@ def in_child(work: Callable[[], Any], seconds: float) -> tuple[str, Any]:
     Returns:
         ("", what it returned, or a traceback as a str); or how the process died, and None.
     """
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _work_and_exit(work, read, write)
-    os.close(write)
-    result = bytearray()
+    return in_children([work], seconds)[0]
+
+
+def in_children(works: Sequence[Callable[[], Any]], seconds: float) -> list[tuple[str, Any]]:
+    """`in_child` for several at the same time."""
+    children = [_Child(work) for work in works]
+    deadline = time.monotonic() + seconds
     try:
-        os.set_blocking(read, False)
-        deadline = time.monotonic() + seconds
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-            result += _available(read)
-            if time.monotonic() > deadline:
-                return f"still at work after {seconds:.0f} s", None
+        while any([child.running() for child in children]) and time.monotonic() < deadline:
             time.sleep(0.001)
-        result += _available(read)
+        return [child.result(seconds) for child in children]
     finally:
-        _end(child)
-        os.close(read)
-    code = os.waitstatus_to_exitcode(ended[1])
-    if code or not result:
-        return (f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"), None
-    return "", pickle.loads(result)
+        for child in children:
+            child.end()
+
+
+class _Child:
+    """A process at work. What it returns is read while it works, since a pipe holds little."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._read, write = os.pipe()
+        self._pid, self._status, self._found = os.fork(), None, bytearray()
+        if self._pid == 0:
+            _work_and_exit(work, self._read, write)
+        os.close(write)
+        os.set_blocking(self._read, False)
+
+    def running(self) -> bool:
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = status if pid else None
+            with contextlib.suppress(BlockingIOError):
+                while part := os.read(self._read, 1 << 20):
+                    self._found += part
+        return self._status is None
+
+    def result(self, seconds: float) -> tuple[str, Any]:
+        if self._status is None:
+            return f"still at work after {seconds:.0f} s", None
+        code = os.waitstatus_to_exitcode(self._status)
+        if code or not self._found:
+            return (f"killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"), None
+        return "", pickle.loads(self._found)
+
+    def end(self) -> None:
+        """The process and whatever it has started."""
+        os.close(self._read)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        if self._status is None:
+            os.waitpid(self._pid, 0)
 
 
 def _work_and_exit(work: Callable[[], Any], read: int, write: int) -> None:
@@ -155,22 +185,3 @@ def _work_and_exit(work: Callable[[], Any], read: int, write: int) -> None:
             pickle.dump(result, file)
     finally:
         os._exit(0)
-
-
-def _available(read: int) -> bytes:
-    try:
-        return os.read(read, 1 << 20)
-    except BlockingIOError:
-        return b""
-
-
-def _end(child: int) -> None:
-    """The child and whatever it has started."""
-    try:
-        os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    try:
-        os.waitpid(child, 0)
-    except ChildProcessError:
-        pass

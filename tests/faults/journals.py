@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from faults.case import Outcome, group
-from faults.judge import refused, right, their_refusal, worst
-from faults.models import two_linears
-from faults.stored import flipped, loading, rewritten, saved, their_saved
+from faults.judge import refused, right, worst
+from faults.stored import flipped, loading, rewritten, saved
 from journal.cases import Net, learn, rewrite, write_tasks
 from safetensors.torch import save_file
 from torch import nn
@@ -69,20 +68,6 @@ def journal_of_another_base(folder: Path) -> Outcome:
     into_file = lambda: merge_files(path, sorted(journal.directory.iterdir()), folder / "out")  # noqa: E731
     told = ("another model of the same shapes",)
     return worst(refused(work, *told, keeps=[model, folder]) for work in (lambda: journal.rebuild(model), into_file))
-
-
-@journal_of_another_base.peft
-def _(folder: Path) -> Outcome:
-    their_saved(folder)
-    other = two_linears()
-    nn.init.normal_(other[0].weight)
-
-    def load() -> None:
-        import peft
-
-        peft.PeftModel.from_pretrained(other, folder).merge_and_unload()
-
-    return their_refusal(load, "base", accepted="merged into another model")
 
 
 @files("an error that says it has been merged already; not one byte has changed")

@@ -56,6 +56,14 @@ def their_refusal(work: Callable[[], Any], *told: str, **options: Any) -> Outcom
     return refused(work, *told, kinds=(Exception,), **options)
 
 
+def warns(work: Callable[[], Any], *told: str, without: str) -> Outcome:
+    """Whether `work` does what it was asked, and a warning tells what may be wrong with that."""
+    found = refused(work, *told, accepted=without)
+    if found.verdict == "warned":
+        return Outcome("survived", found.seen.removeprefix(f"{without}; "))
+    return found if found.verdict == "silent harm" else Outcome("unclear error", found.seen)
+
+
 def right(condition: Any, otherwise: str, seen: str = "the right result", **counts: float) -> Outcome:
     """A result that is right, or harm that no error tells of."""
     return Outcome("survived", seen, counts) if bool(condition) else harm(otherwise, **counts)

@@ -60,7 +60,7 @@ def _(folder: Path, count: int) -> Outcome:
     """Each step saves tensors full of its number beside a config with the same alpha."""
     import json
 
-    model = theirs(nn.Sequential(nn.Linear(1024, 1024)), where=["0"], r=64)
+    model = theirs(nn.Sequential(nn.Linear(1024, 1024)), where=["0"], r=256)
 
     def save_the_next(step: int) -> None:
         for name, parameter in model.named_parameters():

@@ -83,7 +83,7 @@ def _guarded_outputs(keep: list[mmap.mmap], side: str) -> Iterator[None]:
         yield
 
 
-@numerics("no element beyond a tensor is touched; the float64 reference", few=8, many=300)
+@numerics("no element beyond a tensor is touched; the float64 reference", few=8, many=1000)
 def kernels_beside_guard_pages(count: int) -> Outcome:
     """Operands, results and gradients of the Triton kernels, interpreted, beside a page that may not be touched."""
     wrong = 0

@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from fastlora import adapt, adapter_file, checks, files, journal, reference
@@ -93,6 +94,11 @@ def _strides_of_a_longer_row(matrix: torch.Tensor) -> tuple[int, int]:
     return (row + 1, col) if col == 1 else (row, col + 1)
 
 
+def _read_in_two_openings(path: Any) -> Any:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}, {key: file.get_tensor(key).clone() for key in file.keys()}
+
+
 def _written_in_place(path: Any, content: bytes) -> None:
     with open(path, "wb") as file:
         for start in range(0, len(content), 4096):
@@ -129,6 +135,8 @@ BUGS = (
     Bug("files are written in place", "killed_while_an_adapter_is_saved",
         instead(adapter_file, "write_atomically", _written_in_place), 12),
     Bug("a full disk leaves half a file", "disk_full", instead(adapter_file, "write_atomically", _written_in_place)),
+    Bug("a file is opened twice to be read", "two_processes_write_one_file",
+        instead(adapter_file, "read_tensors", _read_in_two_openings), 500),
     Bug("journals have no lock", "two_processes_write_one_journal", no_check(files, "_lock"), 40),
     Bug("pickles are unpickled", "pickle_with_a_payload",
         instead(formats, "_ArrayUnpickler", pickle.Unpickler)),

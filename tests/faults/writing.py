@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults.case import Outcome, group, in_child
+from faults.case import Outcome, group, in_children
 from faults.judge import refused, right, short, their_refusal, worst
 from faults.models import ours, theirs
 from faults.stored import loading, saved
@@ -127,14 +127,6 @@ def _directory(path: Path) -> Path:
     return path
 
 
-def _many(works: list[Callable[[], Any]]) -> list[tuple[str, Any]]:
-    """Each in a process of its own, at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(len(works)) as pool:
-        return list(pool.map(lambda work: in_child(work, 300), works))
-
-
 @files("a whole file of one of the two, whenever it is read", few=20, many=200)
 def two_processes_write_one_file(folder: Path, count: int) -> Outcome:
     """Both save an adapter file of the same name, again and again, while a third reads it."""
@@ -148,7 +140,7 @@ def two_processes_write_one_file(folder: Path, count: int) -> Outcome:
     def read() -> int:
         return sum(len(read_adapter(path).tensors) == 6 for _ in range(count))
 
-    found = _many([lambda: write(1.0), lambda: write(2.0), read])
+    found = in_children([lambda: write(1.0), lambda: write(2.0), read], 300)
     whole = found[2][1]
     return right(whole == count and [p.name for p in folder.iterdir()] == [path.name], str(found)[-300:], reads=count)
 
@@ -170,7 +162,7 @@ def two_processes_write_one_journal(folder: Path, count: int) -> Outcome:
                 assert "another process" in str(error), error
         return written
 
-    found = _many([lambda: write(1), lambda: write(2)])
+    found = in_children([lambda: write(1), lambda: write(2)], 300)
     broken = next((result for died, result in found if died or not isinstance(result, int)), None)
     if broken is not None:
         return Outcome("unclear error", short(broken[-200:]))
