@@ -394,11 +394,10 @@ def _fail(who: str, message: str, code: int, follows: bool = False) -> int:
 
 
 def _told_elsewhere(message: str, code: int, follows: bool) -> bool:
-    if code == 2:  # all of them have the same command line
-        return os.environ["RANK"] != "0"
-    from fastlora.continual.distributed import told_elsewhere
-
-    return told_elsewhere(message, follows)
+    distributed = sys.modules.get("fastlora.continual.distributed")
+    if code == 2 or distributed is None:  # all have the same command line, and the same Ctrl-C
+        return os.environ["RANK"] != "0" and (code == 2 or follows)
+    return distributed.told_elsewhere(message, follows)
 
 
 def _processes() -> int:
@@ -422,19 +421,23 @@ def _needs(command: str, *modules: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
     """SIGTERM ends a run as Ctrl-C does, in good order."""
+    raised = {signal.SIGTERM: Terminated} | ({signal.SIGINT: KeyboardInterrupt} if _processes() > 1 else {})
 
-    def terminate(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
+    def leave(signum: int, frame: FrameType | None) -> None:
+        if _processes() > 1:  # torchrun sends one after the other
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise raised[signal.Signals(signum)]
 
     try:
-        before = signal.signal(signal.SIGTERM, terminate)
+        before = {number: signal.signal(number, leave) for number in raised}
     except ValueError:  # not in the main thread, where no handler can be set
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

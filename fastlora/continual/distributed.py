@@ -180,7 +180,7 @@ class World:
         most = -(-total // self.size)
         counts = [stop - start for start, stop in (self._bounds(total, rank) for rank in range(self.size))]
         padded = rows.new_zeros(most, *rows.shape[1:])
-        padded[: counts[self.rank]] = rows[: counts[self.rank]]
+        padded[: len(rows)] = rows  # one that stands in for an empty share is cut off below
         everything = rows.new_empty(self.size * most, *rows.shape[1:])
         with self.reaching():
             dist.all_gather_into_tensor(everything, padded)
@@ -214,7 +214,8 @@ def told_elsewhere(message: str, follows: bool) -> bool:
     rank, place = os.environ["RANK"], (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     try:
         store = dist.TCPStore(*place, wait_for_workers=False, timeout=datetime.timedelta(seconds=_SECONDS))
-        teller, _, told = store.compare_set(_TOLD, "", f"{rank} {message}").decode().partition(" ")
+        key = f"{_TOLD}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+        teller, _, told = store.compare_set(key, "", f"{rank} {message}").decode().partition(" ")
     except RuntimeError:  # the store went with the machine that had it
         return False
     return teller != rank and (follows or told == message)

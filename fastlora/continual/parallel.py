@@ -9,35 +9,33 @@ from fastlora.continual.methods.base import Method
 
 def check_parallel(config: RunConfig, method: Method, world: World) -> None:
     """Raises ValueError where several processes, or --parallel fsdp, cannot be had with the other options."""
-    sharded, name = config.parallel == "fsdp", config.method.name
-    several = world.size > 1
+    sharded, several, name = config.parallel == "fsdp", world.size > 1, config.method.name
+    fsdp = "parallel is fsdp, and"
     obstacles = (
         (
             sharded and not several,
-            "parallel is fsdp, and this process is alone, with nobody to share weights with",
-            "torchrun --nproc-per-node N -m fastlora train ..., or leave parallel out",
+            f"{fsdp} this process is alone, with nobody to share weights with. Start with torchrun --nproc-per-node N -m "
+            "fastlora train ..., or leave parallel out.",
         ),
         (
             several and config.cuda_graph,
-            f"cuda_graph was asked for, and {world.size} processes exchange what a captured step would not wait for",
-            "--cuda_graph false",
+            f"cuda_graph was asked for, and {world.size} processes exchange what a captured step would not wait for. "
+            "Give --cuda_graph false.",
         ),
         (
             sharded and config.compile != "no",
-            "parallel is fsdp, and compile needs the whole weights of a block when it runs",
-            "--compile no, or --parallel ddp",
+            f"{fsdp} compile needs the whole weights of a block when it runs. Give --compile no, or --parallel ddp.",
         ),
         (
             sharded and not method.adapters_alone,
-            f"parallel is fsdp, which shards frozen weights, and {name} trains the weights themselves",
-            "--parallel ddp, or a method that trains adapters",
+            f"{fsdp} {name} trains the weights, of which fsdp shares the frozen ones. Give --parallel ddp, or a method "
+            "that trains adapters.",
         ),
         (
             sharded and method.beside_weights,
-            f"parallel is fsdp, and what {name} trains is no part of the modules that are sharded",
-            "--parallel ddp",
+            f"{fsdp} what {name} trains is no part of the modules that are sharded. Give --parallel ddp.",
         ),
     )
-    for stands, reason, instead in obstacles:
+    for stands, message in obstacles:
         if stands:
-            raise ValueError(f"{reason}. Give {instead}.")
+            raise ValueError(message)

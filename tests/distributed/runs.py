@@ -52,14 +52,14 @@ METHODS = {
 }
 
 
-def make_trainer(method=CODYRA, out=None, tasks=2, layers=1, **options):
+def make_trainer(method=CODYRA, out=None, tasks=2, layers=1, custom_text=False, **options):
     parts = [tiny_task(name, classes, seed=classes) for name, classes in (("red", 3), ("green", 4), ("blue", 2))]
     texts = tuple(f"a {word} picture" for word in ("grey", "dim", "odd", "old", "new"))
     pixels = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(9))
     reference = Reference(InMemoryImages(pixels, torch.zeros(9).long()), texts)
     stream = TaskStream("tiny", parts[:tasks], held_out=tiny_task("grey", 5, seed=4), reference=reference)
     options = {"seed": 1, "progress": False, "log_every": 1, "device": "cpu"} | options
-    return Trainer(tiny_clip(layers=layers), tokenize, stream, method, out=out, **options)
+    return Trainer(tiny_clip(custom_text, layers), tokenize, stream, method, out=out, **options)
 
 
 def train(rank, method=CODYRA, out=None, options=None):
@@ -187,7 +187,7 @@ def train_sharded(rank):
         "plain": (CODYRA, {}),
         "again in backward": (CODYRA, {"activation_checkpointing": True, "accumulate": 3}),
         "bfloat16": (CODYRA, {"dtype": "bfloat16"}),
-        "a teacher": (held, {}),
+        "a teacher": (held, {"custom_text": True}),
     }
     return {
         name: [train(rank, method, None, options | {"parallel": way, "layers": 2}) for way in ("ddp", "fsdp")]

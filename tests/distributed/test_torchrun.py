@@ -1,6 +1,7 @@
 """The command under torchrun: one run, told about once."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from distributed import runs  # noqa: E402
 from distributed.processes import in_processes  # noqa: E402
 from helpers import run  # noqa: E402
 
+from fastlora import cli  # noqa: E402
 from fastlora.continual import benchmarks, read_run  # noqa: E402
 
 TESTS = Path(__file__).parent.parent
@@ -78,6 +80,24 @@ def test_seeds_start_processes_of_their_own(capsys, monkeypatch):
     assert (code, out) == (2, "") and "--seeds starts processes of its own; under torchrun give one --seed" in err
     monkeypatch.setenv("RANK", "1")
     assert run(capsys, "train", "--seeds=2") == (2, "", "")
+
+
+def test_a_second_signal_does_not_cut_short_what_the_first_ends(monkeypatch):
+    """torchrun passes Ctrl-C on, and then ends the processes as well."""
+    done, before = [], [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def work(argv):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            done.append("written")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(cli.COMMANDS, "work", (work, ""))
+    assert cli.main(["work"]) == 130 and done == ["written"]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_fsdp_alone_says_how_to_start(capsys, tmp_path, monkeypatch):
