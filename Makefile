@@ -3,6 +3,7 @@
 # make bench  the CPU benchmarks       make lint  ruff       make clean  remove what make made
 # make bench-gpu  every GPU goal: build, correctness on the device, G1 to G11, into runs/gpu
 # make docs   the documentation site, into build/docs; every warning is an error
+# make faults  every fault with its full count, beside PEFT, into docs/faults.md; a quarter of an hour
 # make aot    compile every Triton kernel for every target, on the newest Triton and on 3.6; the resource tables into docs/
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install test demo docs bench bench-gpu results aot aot36 lint clean
+.PHONY: install test demo docs bench bench-gpu results faults aot aot36 lint clean
 
 install: $(VENV)/installed
 
@@ -53,6 +54,9 @@ bench-gpu: install
 results: install
 	$(BIN)/python bench/methods.py run --runs runs/methods
 	$(BIN)/python bench/methods.py show --runs runs/methods --out bench/results/methods.json --docs docs/methods.md --readme README.md
+
+faults: install
+	$(BIN)/python bench/fault_suite.py
 
 AOT := -m fastlora.triton_kernels.aot
 

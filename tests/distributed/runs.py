@@ -393,20 +393,24 @@ def train_by_hand(rank, whole_adapters):
         join("cpu")
         shard(model, whole_adapters)
     optimizer = fastlora.optim.ProxAdamW(model, lr=1e-2)
-    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    tokens = tokenize(["a b", "c d e", "f"])
     for step in range(3):
-        loss = (model.encode_image(images) @ model.encode_text(tokens).t()).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.kappa = 0.02 * step
-        optimizer.step()
+        step_by_hand(model, optimizer, seed=3, kappa=0.02 * step)
     state = full_state(model)
     gates = {key: value.clone() for key, value in state.items() if key.endswith("gate")}
     fastlora.merge(model)
     state = full_state(model)
     weights = {key: value for key, value in state.items() if not key.endswith(("lora_a", "lora_b", "gate"))}
     return {"gates": gates, "weights": weights}
+
+
+def step_by_hand(model, optimizer, seed, kappa):
+    """Over the same images in every process."""
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    loss = (model.encode_image(images) @ model.encode_text(tokenize(["a b", "c d e", "f"])).t()).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.kappa = kappa
+    optimizer.step()
 
 
 def prune_sharded(rank):

@@ -38,6 +38,9 @@ def _command(folder: Path, number: int) -> tuple[int, Path]:
     from fastlora.continual.methods import CoDyRA
 
     os.chdir(folder)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, and so do its children
     benchmarks.BENCHMARKS["tiny"] = benchmarks.Benchmark(tiny, presets={"codyra": {"kappa_max": 0.4}})
     report.write_report = lambda path: None
     CoDyRA.after_step = lambda self, ctx: os.kill(os.getpid(), number) if number and ctx.number == 2 else None

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
+from distributed.processes import in_processes
 from helpers import relative_error
+from interop.hf_runs import (
+    RAMP,
+    STEPS,
+    arguments,
+    examples,
+    gates_of,
+    in_one_of_several,
+    injected,
+    train,
+)
 from interop.tiny import language_model, token_ids, transformers
 
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'fastlora[dev]')")
@@ -10,60 +21,6 @@ pytest.importorskip("accelerate", reason="accelerate is not installed (pip insta
 import fastlora
 from fastlora.interop.hf_trainer import KappaCallback, prox_adamw
 from fastlora.optim import KappaSchedule, ProxAdamW
-
-STEPS = 10
-RAMP = {"steps": 4, "dense": 0.4}
-
-
-class Recorder(transformers.TrainerCallback):
-    """Gates and kappa after every optimizer step."""
-
-    def __init__(self):
-        self.gates, self.kappas = [], []
-
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.gates.append(gates_of(model))
-        self.kappas.append(optimizer.optimizer.kappa)
-
-
-def gates_of(model):
-    return torch.cat([adapter.gate.detach().clone() for _, adapter in fastlora.adapters(model)])
-
-
-def injected():
-    model = language_model()
-    fastlora.inject(model, rank=4, where=["*.q_proj", "*.v_proj", "*.down_proj"])
-    return model
-
-
-def arguments(folder, **options):
-    defaults = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": STEPS, "learning_rate": 0.02,
-        "adam_beta2": 0.9999, "lr_scheduler_type": "cosine", "max_grad_norm": 0.0, "use_cpu": True, "report_to": "none",
-        "save_strategy": "no", "disable_tqdm": True, "train_sampling_strategy": "sequential", "logging_steps": 1000,
-    }  # fmt: skip
-    return transformers.TrainingArguments(**{**defaults, **options})
-
-
-def examples(count=64):
-    """Rows of different lengths, padded; what is padded has no label."""
-    rows = []
-    for number, ids in enumerate(token_ids(count, 9)):
-        labels = ids.clone()
-        labels[: number % 4] = -100
-        rows.append({"input_ids": ids, "labels": labels})
-    return rows
-
-
-def train(folder, model=None, callback=None, resume=None, **options):
-    model, recorder = model or injected(), Recorder()
-    args = arguments(folder, **options)
-    trainer = transformers.Trainer(
-        model, args, train_dataset=examples(), optimizers=(prox_adamw(model, args), None),
-        callbacks=[callback or KappaCallback(0.65, **RAMP), recorder],
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume)
-    return model, recorder
 
 
 def plain_loop(model, accumulation=1, weight_decay=0.0, clip=0.0, bf16=False):
@@ -114,6 +71,18 @@ def test_gates_are_those_of_a_plain_loop_at_every_step(options, tmp_path):
     dead = [int((gates == 0).sum()) for gates in recorder.gates]
     assert dead[3] == 0 and 0 < dead[-1] < len(expected[0]), dead
     assert [bool((a == 0).ne(b == 0).any()) for a, b in zip(recorder.gates, expected)] == [False] * STEPS
+
+
+def test_two_processes_are_one_with_the_batch_of_both(tmp_path):
+    """Under DistributedDataParallel, which averages the gradients and knows nothing of gates; ranks die alike."""
+    model, recorder = train(tmp_path)
+    found = in_processes(2, in_one_of_several, tmp_path)
+    for gates, state in found:
+        errors = [relative_error(ours, theirs) for ours, theirs in zip(gates, recorder.gates, strict=True)]
+        assert max(errors) < 1e-5, errors
+        assert all(torch.equal(ours == 0, theirs == 0) for ours, theirs in zip(gates, recorder.gates))
+        assert all(relative_error(state[key], value) < 1e-4 for key, value in model.state_dict().items())
+        assert all(torch.equal(state[key], value) for key, value in found[0][1].items())
 
 
 def test_kappa_follows_the_schedule_over_the_steps_of_the_run(tmp_path):
