@@ -165,6 +165,7 @@ def figures(found: Found) -> str:
     saved_by_peft = found["cases"]["killed_while_an_adapter_is_saved"]["peft"]["seen"]
     guarded = ("merges_beside_guard_pages", "optimizer_steps_beside_guard_pages", "kernels_beside_guard_pages")
     runs = of("same_bits_in_every_run")
+    agreed = of("two_processes_and_three_tasks")
     fuzzed = of("readers_of_mutated_files")
     caught = sum(bug["verdict"] != "survived" for bug in found["planted"].values())
     lines = [
@@ -190,6 +191,9 @@ def figures(found: Found) -> str:
         ["processes, one hash", f"{runs['runs']:,} runs, {runs['hashes of merges']:,} hash of merges over 1 to 4 threads",
          f"forward, backward and step: one hash for each number of threads, {runs['hashes of steps over all numbers of threads']:,} "
          "over all"],
+        ["processes that decide which ranks are dead, with the same bits",
+         f"{agreed['processes']:,} over {agreed['tasks']:,} tasks, {agreed['dead']:,} ranks dead", "over gloo; the run of one "
+         "process but for rounding"],
         ["shapes beside guard pages, no fault", " + ".join(f"{of(name)['shapes']:,}" for name in guarded),
          "merges in C++, optimizer steps in C++, Triton kernels by its interpreter with gradients"],
         ["mutated headers read, no crash, no hang", f"{fuzzed['files']:,}; {fuzzed['errors']:,} errors for users",
@@ -220,7 +224,7 @@ names the matter counts for it; what `safe_merge=True` does is told where it mat
 NOT_MEASURED = """
 - Anything on a GPU: a model on cuda:1 while cuda:0 is current, merges on several streams, an unknown architecture, a driver
   that is older than the runtime. The CUDA merge is compiled for the host and run beside guard pages in `tests/csrc/`.
-- Several processes that train one model: ranks that agree over processes, a worker that dies in a step.
+- More than two processes, and those of several machines; [`tests/distributed/`](../tests/distributed) has up to four.
 - Loss of power. Files are synced before they are renamed, and directories after; `kill -9` does not test that.
 - Triton 3.6 with numpy 2.4, whose interpreter fails by itself; `make aot` compiles for 3.6.
 - Known and not noticed: a table of a run (CSV) that ends within a number, and a `config.yaml` that ends between two entries.

@@ -16,6 +16,7 @@ import faults.memory
 import faults.numerics
 import faults.platforms
 import faults.run_directories
+import faults.several_processes
 import faults.stops
 import faults.writing  # noqa: F401
 from faults.case import CASES, Case

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from fastlora import adapt, adapter_file, checks, files, journal, reference
-from fastlora.continual import batches, run_dir, run_keeper, trainer
+from fastlora.continual import batches, distributed, run_dir, run_keeper, trainer
 from fastlora.continual.datasets import formats
 from fastlora.modules import adapter
 from fastlora.ops import merge, merge_checks, merge_memory, merge_native
@@ -132,6 +132,8 @@ BUGS = (
     Bug("no checksum", "flipped_bit_in_an_adapter_file",
         instead(adapter_file, "checksum", lambda header, hashes: header.get("sha256", "")), 20),
     Bug("no fingerprint of the base", "journal_of_another_base", no_check(journal, "check_untouched")),
+    Bug("gradients are not averaged", "two_processes_and_three_tasks", no_check(distributed.World, "average_gradients")),
+    Bug("nobody compares the processes", "gates_that_differ_between_processes", no_check(distributed.World, "check_same")),
     Bug("files are written in place", "killed_while_an_adapter_is_saved",
         instead(adapter_file, "write_atomically", _written_in_place), 12),
     Bug("a full disk leaves half a file", "disk_full", instead(adapter_file, "write_atomically", _written_in_place)),
