@@ -20,7 +20,7 @@ _WITHOUT_EFFECT = {
     "peft_type", "auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type", "inference_mode",
     "runtime_config", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias",
     "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "lora_dropout",
-    "fan_in_fan_out",  # PEFT reads it for Conv1D alone, and no adapter is put there
+    "fan_in_fan_out",  # whether weights are stored [K, N]; the layer knows, and PEFT corrects what says otherwise
     "qalora_group_size", "megatron_core", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
     "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 }  # fmt: skip

@@ -60,7 +60,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     packed = _packed({name: factors for name, factors in active.items() if name not in linear})
     rank = max(lora_a.shape[0] for lora_a, _ in (*linear.values(), *packed.values()))
     packed = {name: _padded(factors, rank) for name, factors in (packed | _bystanders(model, packed)).items()}
-    tensors, config = _tensors(linear | packed, packed), _config(model, rank, linear, packed)
+    transposed = bool(linear) and all(found[name].transposed for name in linear)
+    tensors, config = _tensors(linear | packed, packed), _config(model, rank, linear, packed, transposed)
     write_directory(directory, {WEIGHTS_NAME: save(tensors, {"format": "pt"}), CONFIG_NAME: config.encode()})
 
 
@@ -157,7 +158,9 @@ def _tensors(updates: Mapping[str, Factors], packed: Mapping[str, Factors]) -> d
     return tensors
 
 
-def _config(model: nn.Module, rank: int, linear: Mapping[str, Factors], packed: Mapping[str, Factors]) -> str:
+def _config(
+    model: nn.Module, rank: int, linear: Mapping[str, Factors], packed: Mapping[str, Factors], transposed: bool
+) -> str:
     ranks = {name: lora_a.shape[0] for name, (lora_a, _) in linear.items()}
     # alpha equals the rank everywhere, so that PEFT scales by 1
     pattern = {f"^{re.escape(name)}": each for name, each in ranks.items() if each != rank}
@@ -172,6 +175,7 @@ def _config(model: nn.Module, rank: int, linear: Mapping[str, Factors], packed: 
         "alpha_pattern": pattern,
         "target_modules": _targets(model, list(linear)),
         "target_parameters": [f"{name}.in_proj_weight" for name in packed] or None,
+        "fan_in_fan_out": transposed,  # of Conv1D; where there are both kinds of layers, PEFT warns and does the right thing
         "lora_dropout": 0.0,
         "bias": "none",
     }

@@ -15,6 +15,7 @@ from fastlora.adapter_file import some
 from fastlora.interop.peft_config import ADALORA, CONFIG_NAME, MERGE, WEIGHTS_NAME, PeftConfig, read_config
 from fastlora.interop.updates import QKV, Update, install
 from fastlora.modules.attention import FusedRankLoRAMultiheadAttention, _PackedAttention, is_attention
+from fastlora.modules.conv1d import is_conv1d
 
 _PREFIX = "base_model.model."
 _PICKLE = "adapter_model.bin"
@@ -38,7 +39,7 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str]) -> InjectRe
     Raises:
         ValueError: the files are damaged or do not fit each other or the model, or they hold what gated adapters do not
             compute (DoRA, trained biases, whole modules, ...); the message says what to do.
-        TypeError: an adapter of a layer that is no nn.Linear and no packed attention.
+        TypeError: an adapter of a layer that is no nn.Linear, no Conv1D and no packed attention.
         OSError: a file cannot be read. Whatever is raised, the model is unchanged.
     """
     folder = Path(directory)
@@ -116,7 +117,7 @@ def _check_complete(
     hosts = {
         name: "in_proj_weight" if hasattr(module, "in_proj_weight") else "weight"
         for name, module in modules.items()
-        if isinstance(module, (nn.Linear, _PackedAttention)) or is_attention(module)
+        if isinstance(module, (nn.Linear, _PackedAttention)) or is_attention(module) or is_conv1d(module)
     }
     lacking = [name for name, weight in hosts.items() if name not in found and config.names(name, weight)]
     if lacking:

@@ -13,6 +13,7 @@ from fastlora.adapt import TARGETS, InjectReport, adapter_parameters, adapters, 
 from fastlora.adapter_file import some
 from fastlora.modules.adapter import RankAdapter
 from fastlora.modules.attention import PARTS, PackedProjection, is_attention, refuse_unsupported
+from fastlora.modules.conv1d import is_conv1d
 
 QKV = PARTS[:3]
 # name of an adapter within an attention -> what `inject` calls it
@@ -75,14 +76,18 @@ def _host(modules: Mapping[str, nn.Module], name: str, source: str) -> str:
     if part in _PART and is_attention(attention):
         refuse_unsupported(attention)
         return parent
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or (module is not None and is_conv1d(module)):
         return name
     if module is not None:
         raise TypeError(
-            f"{source} adapts {name!r}, which is a {type(module).__name__} here; nn.Linear and packed attentions are "
+            f"{source} adapts {name!r}, which is a {type(module).__name__} here; nn.Linear, Conv1D and packed attentions are "
             "accepted. Merge the adapter where it was trained, and load the merged weights."
         )
-    places = [each for each, module in modules.items() if isinstance(module, (nn.Linear, PackedProjection))]
+    places = [
+        each
+        for each, module in modules.items()
+        if isinstance(module, (nn.Linear, PackedProjection)) or is_conv1d(module)
+    ]
     near = difflib.get_close_matches(name, places, 1, 0.3)
     raise ValueError(
         f"{source} adapts {name!r}, and the model has no such layer{f' (near: {near[0]})' if near else ''}. Give the model "
@@ -93,7 +98,8 @@ def _host(modules: Mapping[str, nn.Module], name: str, source: str) -> str:
 def _weight_shape(modules: Mapping[str, nn.Module], name: str, host: str) -> list[int]:
     """[N, K] of the weight that an adapter `name` updates."""
     if name in modules:
-        return [modules[name].out_features, modules[name].in_features]
+        module = modules[name]
+        return [*module.weight.t().shape] if is_conv1d(module) else [module.out_features, module.in_features]
     width = modules[host].in_proj_weight.shape[1]
     return [width, width]
 

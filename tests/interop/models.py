@@ -38,6 +38,18 @@ def llama():
 
 
 @functools.cache
+def gpt2():
+    """Conv1D alone: its weights are stored [K, N], and c_proj of the attention is square."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(4)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "initializer_range": 0.2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, bos_token_id=1, eos_token_id=2, **sizes)).eval()
+    tokens = torch.randint(0, 64, (2, 7))
+    return Case(model, lambda model: model(input_ids=tokens).logits, {"where": ["*.c_*"]})
+
+
+@functools.cache
 def sequential():
     """Names that end in each other: 0 and 2.0."""
     torch.manual_seed(1)
@@ -83,7 +95,7 @@ def custom_attention():
     return Case(model.eval(), lambda model: model(x.to(next(model.parameters()).dtype)), {"where": ["*attn", "*.fc"]})
 
 
-CASES = {"llama": llama, "sequential": sequential, "clip": clip, "custom_attention": custom_attention}
+CASES = {"llama": llama, "gpt2": gpt2, "sequential": sequential, "clip": clip, "custom_attention": custom_attention}
 
 
 def adapted(case, rank=8, kappa=0.3, scaling=0.7, **options):

@@ -10,6 +10,7 @@ from interop.models import (
     adapted,
     clip,
     error,
+    gpt2,
     llama,
     load,
     refused,
@@ -66,6 +67,28 @@ def test_lora(tmp_path, name):
     assert len(report) == sum("lora_A" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     for _, adapter in fastlora.adapters(model):
         assert adapter.gate.eq(1).all() and adapter.kappa == 0 and adapter.rank == adapter.gate.numel()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_layers_whose_weights_are_stored_transposed(tmp_path, told):
+    """PEFT's file of a GPT-2, whether or not it was told how the weights lie."""
+    case = gpt2()
+    saved(case, tmp_path, LoraConfig(r=3, target_modules=["c_attn", "c_proj"], fan_in_fan_out=told))
+    model = case.copy()
+    report = fastlora.import_peft(model, tmp_path)
+    theirs = load(case, tmp_path, quiet="fan_in_fan_out")
+    assert error(case, model, theirs) < EXACT and len(report) == 6
+    assert all(adapter.transposed for _, adapter in fastlora.adapters(model))
+    refused(
+        fastlora.import_peft, gpt2_of_another_width(), tmp_path, r"c_attn has shapes .* the weight here is \[48, 16\]"
+    )
+
+
+def gpt2_of_another_width():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, bos_token_id=1, eos_token_id=2, **sizes))
 
 
 def test_the_word_all_linear_in_a_file(tmp_path):
