@@ -1,6 +1,6 @@
 # make test   create the environment, install, run the whole test suite
 # make demo   create the environment, install, train CoDyRA and plain LoRA on the embedded benchmark, compare them
-# make bench  the CPU benchmarks       make lint  ruff       make clean  remove what make made
+# make bench  the CPU benchmarks       make lint  ruff, mypy       make clean  remove what make made
 # make bench-gpu  every GPU goal: build, correctness on the device, G1 to G11, into runs/gpu
 # make docs   the documentation site, into build/docs; every warning is an error
 # make faults  every fault with its full count, beside PEFT, into docs/faults.md; a quarter of an hour
@@ -72,7 +72,7 @@ aot36: install
 	$(VENV)36/bin/python $(AOT) --csv bench/results/aot_triton36.csv
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) $(VENV)36 build dist *.egg-info runs fastlora/_C*.so fastlora/_build_info.json

@@ -244,7 +244,7 @@ setup(
     packages=PACKAGES,
     package_dir={"fastlora": "fastlora", "fastlora.triton_kernels": "triton_kernels"},
     package_data={
-        "fastlora": ["py.typed"],
+        "fastlora": ["py.typed", "_C.pyi"],
         "fastlora.continual.demo": ["*.safetensors", "*.json", "*.csv"],
         "fastlora.ops": ["*.json"],
     },

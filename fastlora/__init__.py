@@ -40,37 +40,46 @@ _SUBMODULES = ("continual", "interop", "modules", "ops", "optim", "reference", "
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from fastlora.adapt import (
-        InjectReport,
-        RankReport,
-        adapter_parameters,
-        adapters,
-        inject,
-        merge,
-        prune,
-        rank_report,
-        remove,
-        unmerge,
-    )
-    from fastlora.adapter_file import load_adapter, save_adapter
-    from fastlora.build import build_info
-    from fastlora.continual.demo import open_clip_demo
-    from fastlora.interop import export_peft, import_peft
-    from fastlora.journal import Journal
-    from fastlora.modules.linear import FusedRankLoRALinear
-    from fastlora.ops.explain import explain
-    from fastlora.ops.merge import MergeError, MergeReport
+    # "as" says to type checkers that a name is public; to them __getattr__ would give any name at all
+    from fastlora import continual as continual
+    from fastlora import interop as interop
+    from fastlora import modules as modules
+    from fastlora import ops as ops
+    from fastlora import optim as optim
+    from fastlora import reference as reference
+    from fastlora import tune as tune
+    from fastlora.adapt import InjectReport as InjectReport
+    from fastlora.adapt import RankReport as RankReport
+    from fastlora.adapt import adapter_parameters as adapter_parameters
+    from fastlora.adapt import adapters as adapters
+    from fastlora.adapt import inject as inject
+    from fastlora.adapt import merge as merge
+    from fastlora.adapt import prune as prune
+    from fastlora.adapt import rank_report as rank_report
+    from fastlora.adapt import remove as remove
+    from fastlora.adapt import unmerge as unmerge
+    from fastlora.adapter_file import load_adapter as load_adapter
+    from fastlora.adapter_file import save_adapter as save_adapter
+    from fastlora.build import build_info as build_info
+    from fastlora.continual.demo import open_clip_demo as open_clip_demo
+    from fastlora.interop import export_peft as export_peft
+    from fastlora.interop import import_peft as import_peft
+    from fastlora.journal import Journal as Journal
+    from fastlora.modules.linear import FusedRankLoRALinear as FusedRankLoRALinear
+    from fastlora.ops.explain import explain as explain
+    from fastlora.ops.merge import MergeError as MergeError
+    from fastlora.ops.merge import MergeReport as MergeReport
+else:
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    elif name in _SUBMODULES:
-        value = importlib.import_module(f"fastlora.{name}")
-    else:
-        raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name in _EXPORTS:
+            value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        elif name in _SUBMODULES:
+            value = importlib.import_module(f"fastlora.{name}")
+        else:
+            raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

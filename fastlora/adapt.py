@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -20,6 +20,12 @@ from fastlora.modules.quantized import QuantizedRankLoRALinear, format_of, put_r
 from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
 from fastlora.sharded import is_sharded, merge_shards
 from fastlora.tied import check_untied, warn_of_ties
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastlora.modules.adapter import AdapterOptions
+    from fastlora.ops.merge import MergeOptions
 
 Where = str | Callable[[str, nn.Module], bool] | Sequence[str]
 
@@ -124,7 +130,7 @@ def inject(
     *,
     targets: Sequence[str] = TARGETS,
     where: Where = "all",
-    **layer_kwargs: Any,
+    **layer_kwargs: Unpack[AdapterOptions],
 ) -> InjectReport:
     """Give layers of `model` an adapter each, in place, and freeze everything else.
 
@@ -171,14 +177,14 @@ def inject(
     return InjectReport(tuple(added), sum(p.numel() for p in adapter_parameters(model) if p.requires_grad))
 
 
-def _adapted(module: nn.Module, parts: tuple[str, ...], rank: int, options: dict[str, Any]) -> Any:
+def _adapted(module: nn.Module, parts: tuple[str, ...], rank: int, options: AdapterOptions) -> Any:
     if is_attention(module):
         return adapt_attention(module, parts, rank, **options)
     if is_conv1d(module):
         return FusedRankLoRAConv1D(module, rank, **options)
     if format_of(module) is not None:
         return QuantizedRankLoRALinear(module, rank, **options)
-    return FusedRankLoRALinear.from_linear(module, rank, **options)
+    return FusedRankLoRALinear.from_linear(cast(nn.Linear, module), rank, **options)  # which refuses any other
 
 
 def _is_adaptable(module: nn.Module) -> bool:
@@ -187,7 +193,7 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 
 def _replace(
-    model: nn.Module, selected: dict[str, nn.Module], parts: tuple[str, ...], rank: int, layer_kwargs: dict[str, Any]
+    model: nn.Module, selected: dict[str, nn.Module], parts: tuple[str, ...], rank: int, layer_kwargs: AdapterOptions
 ) -> None:
     """Freeze all but adapters and put adapted modules in place of the selected ones: all of them, or, on error, none."""
     kept = {id(parameter) for parameter in adapter_parameters(model)}
@@ -302,7 +308,7 @@ def _check_selection(model: nn.Module, selected: dict[str, nn.Module], parts: tu
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    plain = conv1d_class() if is_conv1d(module) else nn.Linear
+    plain = (conv1d_class() if is_conv1d(module) else None) or nn.Linear
     # one of the instance alone is how accelerate moves operands between the devices of a device_map
     return type(module).forward is not plain.forward or "forward" in vars(module)
 
@@ -333,7 +339,7 @@ def merge(
     residuals: dict[str, Tensor] | None = None,
     requantize: Any = False,
     allow_tied: bool = False,
-    **merge_kwargs: Any,
+    **merge_kwargs: Unpack[MergeOptions],
 ) -> MergeReport:
     """Merge every adapter into its weight, all in one call of `fastlora.ops.merge_`, then start fresh adapters.
 
@@ -406,7 +412,7 @@ def _merge_all(
     found: dict[str, RankAdapter],
     residuals: dict[str, Tensor] | None,
     undo: bool,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> MergeReport:
     if is_sharded(model):
         return merge_shards(model, found, residuals, undo=undo, **options)

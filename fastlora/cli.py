@@ -344,9 +344,10 @@ def doctor(argv: Sequence[str]) -> None:
     if model is not None:
         with _needs("doctor --estimate", "open_clip"):
             from fastlora.continual import estimate
+            from fastlora.continual.precision import DTYPES
         wanted = estimate.Wanted(model, **options)
         found = estimate.estimate(wanted)
-        rate = estimate.rate_here(found.product, estimate.DTYPES[wanted.dtype])
+        rate = estimate.rate_here(found.product, DTYPES[wanted.dtype])
         print(estimate.text(wanted, found, rate))
         return
     from fastlora.doctor import examine

@@ -28,7 +28,7 @@ Lines = list[tuple[str, str]]
 
 def examine() -> Lines:
     """(subject, finding) lines."""
-    sections = {
+    sections: dict[str, Callable[[], str | Lines]] = {
         "fastlora": lambda: f"{fastlora.__version__} in {Path(fastlora.__file__).parent}",
         "python": lambda: f"{platform.python_version()} ({sys.executable})",
         "system": lambda: f"{_distribution()}, {platform.platform()}",

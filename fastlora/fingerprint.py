@@ -37,4 +37,4 @@ def _sha256(name: str, tensor: Tensor) -> str:
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device and has no content; load its values first.")
     octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(octets.numpy()).hexdigest()
+    return hashlib.sha256(octets.numpy().data).hexdigest()

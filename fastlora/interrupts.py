@@ -20,7 +20,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers: dict[int, Any] = {}
+    handlers: dict[signal.Signals, Any] = {}
     late: list[tuple[int, Any]] = []
     try:
         for number in _SIGNALS:
@@ -32,5 +32,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, frame in late[:1]:
-            handlers[number](number, frame)
+        for arrived, frame in late[:1]:
+            handlers[signal.Signals(arrived)](arrived, frame)

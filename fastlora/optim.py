@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,12 @@ class ProxAdamW(torch.optim.AdamW):
         if group["prox"]:
             group.setdefault("kappa", self.kappa if len(self._prox_groups()) > 1 else 0.0)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One AdamW step, then one proximal step on the gates. Waits for no device.
 
         Args:

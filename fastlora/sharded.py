@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from fastlora.ops.merge import MergeReport, new_residuals, run_jobs
 from fastlora.ops.merge_checks import MergeJob, check_merge, check_rounding
 from fastlora.ops.merge_report import Counts
 from fastlora.ops.merge_torch import TorchReport
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -98,7 +101,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, sys.modules["torch.distributed.tensor"].DTensor)
 
 
@@ -114,7 +117,8 @@ def _shard(name: str, layer: RankAdapter) -> _Shard:
             f"the weight of {name} is dealt out as {parameter.placements}; a merge takes shards of rows, Shard(0), as "
             "fully_shard makes them. Merge before sharding, or gather the model."
         )
-    mesh, local = parameter.device_mesh, parameter.detach().to_local()
+    local: Tensor = parameter.to_local().detach()
+    mesh = parameter.device_mesh
     step = -(-len(parameter) // mesh.size(dims[0]))
     first = min(step * mesh.get_local_rank(dims[0]), len(parameter))
     begin, end = max(first, start), max(min(first + len(local), start + total), max(first, start))

@@ -40,5 +40,7 @@ def test_runs_small(tmp_path, monkeypatch, capsys):
     result = json.loads(out.read_text())
     ways = [(1, "alone"), (2, "apart"), (2, "ddp"), (2, "fsdp")]
     assert [(row["processes"], row["way"]) for row in result["rows"]] == ways
-    assert result["rows"][0]["bytes"] == result["rows"][1]["bytes"] == {} and all(row["seconds"] > 0 for row in result["rows"])
+    assert result["rows"][0]["bytes"] == result["rows"][1]["bytes"] == {} and all(
+        row["seconds"] > 0 for row in result["rows"]
+    )
     assert "| 2 | fsdp |" in capsys.readouterr().out

@@ -118,7 +118,8 @@ def test_sdist_holds_what_the_build_needs(sdist):
         held = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
     kernels = {path.relative_to(ROOT).as_posix() for path in (ROOT / "triton_kernels").glob("*.py")}
-    assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "fastlora/py.typed"} | sources | kernels <= held
+    typed = {"fastlora/py.typed", "fastlora/_C.pyi"}
+    assert {"setup.py", "pyproject.toml", "CMakeLists.txt"} | typed | sources | kernels <= held
     assert not [name for name in held if name.endswith((".so", "_build_info.json"))]
 
 
@@ -135,6 +136,7 @@ def test_wheel_holds_every_source_and_nothing_else(names):
     }
     built = {
         "fastlora/py.typed",
+        "fastlora/_C.pyi",
         "fastlora/ops/dispatch_table.json",
         "fastlora/_build_info.json",
         f"fastlora/_C{SUFFIX}",

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -94,7 +95,7 @@ def measure(target: str, case: CompileCase) -> Record:
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_B", "BLOCK_K", "BLOCK")
         if name in case.constexprs
     ]
-    known = dict(
+    known: dict[str, Any] = dict(
         target=target, label=case.label, dtype=case.compute, rank=case.rank, tile="x".join(map(str, blocks)),
         odd="all" if "K" in case.odd else ",".join(case.odd[:1]), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -105,7 +106,8 @@ def measure(target: str, case: CompileCase) -> Record:
     except Exception as error:  # any failure of the compiler is a result to report, not the end of the report
         return Record(**known, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Record(**known, shared=compiled.metadata.shared, tensor_memory=tensor_memory, **read_resources(compiled.asm))
+    known |= read_resources(compiled.asm)
+    return Record(**known, shared=compiled.metadata.shared, tensor_memory=tensor_memory)
 
 
 def _source(case: CompileCase, gpu: GPUTarget) -> ASTSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import triton
@@ -18,7 +19,7 @@ class CompileCase:
     compute: str
     rank: int
     pointers: dict[str, str]
-    constexprs: dict[str, int | bool | str]
+    constexprs: Mapping[str, int | bool | str]
     tile: TileConfig
     odd: tuple[str, ...] = ()
 

@@ -45,7 +45,9 @@ def _read_cubin(cubin: bytes, ptx: str) -> dict[str, int]:
 
 def _read_amdgcn(text: str) -> dict[str, int]:
     def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, f"the listing names no {name}"
+        return int(found.group(1))
 
     return {
         "registers": field("vgpr_count"),  # on this target it includes the accumulation registers

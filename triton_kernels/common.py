@@ -111,7 +111,7 @@ def _multiprocessors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Context to launch under: without it Triton launches on the current device, not on the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 

@@ -142,19 +142,20 @@ def rank_grad_columns(
     a_blocks = triton.cdiv(k, tile.block_n) if p is not None else 0
     b_blocks = triton.cdiv(width, tile.block_n) if s is not None else 0
     splits = num_row_splits(m, a_blocks + b_blocks, tile.block_m)
-    buffers = {"dtype": torch.float32, "device": x.device}
-    partial_a = None if p is None else torch.empty((splits, k, r), **buffers)
-    partial_b = None if s is None else torch.empty((splits, width * r), **buffers)
+    partial_a = None if p is None else torch.empty((splits, k, r), dtype=torch.float32, device=x.device)
+    partial_b = None if s is None else torch.empty((splits, width * r), dtype=torch.float32, device=x.device)
     with common.on_device(x):
+        # an operand that is not used is not read: the other one stands in for its pointer
+        read_p, read_s = s if p is None else p, p if s is None else s
+        assert read_p is not None and read_s is not None
         for part, rank in enumerate(ranks):
             if rank == 0:
                 continue
             offset = sum(ranks[:part])
             dy_part = dy.narrow(1, part * width, width)
-            # an operand that is not used is not read: the other one stands in for its pointer
-            used_p, used_s = (t.narrow(1, offset, rank) for t in (s if p is None else p, p if s is None else s))
-            sums_a = partial_b if p is None else partial_a[:, :, offset:]
-            sums_b = partial_a if s is None else partial_b[:, width * offset :]
+            used_p, used_s = read_p.narrow(1, offset, rank), read_s.narrow(1, offset, rank)
+            sums_a = partial_b if partial_a is None else partial_a[:, :, offset:]
+            sums_b = partial_a if partial_b is None else partial_b[:, width * offset :]
             rank_grad_columns_kernel[(a_blocks + b_blocks, splits)](
                 x_ptr=x, p_ptr=used_p, dy_ptr=dy_part, s_ptr=used_s,
                 partial_a_ptr=sums_a, partial_b_ptr=sums_b, M=m, N=width, K=k, R=rank,
@@ -189,7 +190,12 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
     element, kernel = common.element_type(compute), rank_grad_columns_kernel
     pointers = dict.fromkeys(("x_ptr", "p_ptr", "dy_ptr", "s_ptr", "u_ptr", "gated_ptr"), f"*{element}")
     pointers |= dict.fromkeys(("gate_ptr", "kappa_ptr", "partial_a_ptr", "partial_b_ptr"), "*fp32")
-    fixed = {"PRECISION": common.dot_precision(compute), "UNIT_STRIDES": True, "stride_xk": 1, "stride_dn": 1}
+    fixed: dict[str, int | bool | str] = {
+        "PRECISION": common.dot_precision(compute),
+        "UNIT_STRIDES": True,
+        "stride_xk": 1,
+        "stride_dn": 1,
+    }
     for size, tile in tiles.tile_configs("grad", compute, arch).items():
         blocks = fixed | {"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n}
         for r, odd in aot_cases.rank_cases(size, kernel):

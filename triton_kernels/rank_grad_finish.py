@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastlora.triton_kernels import aot_cases, common, tiles
 from fastlora.triton_kernels.aot_cases import CompileCase
@@ -136,11 +137,15 @@ def rank_grad_row_gate_kernel(
     tl.store(tile_ptrs(dgate_ptr, offs_g, R, offs_r, 1), tl.where(dead, 0.0, total * scaling), mask=mask)
 
 
-def finish(partial_a, partial_b, lora_a, lora_b, gate, kappa, scaling, ranks, dlora_a, dlora_b, dgate):
+def finish(
+    partial_a: Tensor | None, partial_b: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor, kappa: Tensor,
+    scaling: float, ranks: tuple[int, ...], dlora_a: Tensor | None, dlora_b: Tensor | None, dgate: Tensor | None,
+) -> None:  # fmt: skip
     """Launches 2 and 3: gradients from partial sums; the gate's if it is [R]."""
     r, k, parts, block_r = gate.shape[-1], lora_a.shape[1], len(ranks), tiles.rank_block(max(ranks))
     width = lora_b.shape[0] if parts == 1 else lora_b.shape[0] // r
     sums = partial_a if partial_b is None else partial_b
+    assert sums is not None
     stride_kappa = kappa.stride(0) if kappa.dim() else 0
     a_blocks = triton.cdiv(k, FINISH_TILE.block_m) if partial_a is not None else 0
     b_blocks = triton.cdiv(width, FINISH_TILE.block_m) if partial_b is not None else 0
@@ -172,7 +177,7 @@ def finish(partial_a, partial_b, lora_a, lora_b, gate, kappa, scaling, ranks, dl
             )  # fmt: skip
 
 
-def row_gate(p, s, gate, kappa, scaling, dgate):
+def row_gate(p: Tensor, s: Tensor, gate: Tensor, kappa: Tensor, scaling: float, dgate: Tensor) -> None:
     """Launch 3 of row gates: dgate [G, R] from p and s [M, R]."""
     g, r = gate.shape
     rows_per_gate = p.shape[0] // g
@@ -210,8 +215,8 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
     flags |= {"ROW_GATE": False, "stride_br": 1}
     odd_ranks = (*aot_cases.ODD_RANK, "R0", "R1")
     for r, odd, parts in ((16, (), 1), (16, odd_ranks, 3), (256, (), 3), (256, odd_ranks, 1)):
-        blocks = flags | {"PARTS": parts} | _finish_blocks(r)
-        yield CompileCase(rank_grad_finish_kernel, "grad finish", compute, r, pointers, blocks, FINISH_TILE, odd)
+        finished = flags | {"PARTS": parts} | _finish_blocks(r)
+        yield CompileCase(rank_grad_finish_kernel, "grad finish", compute, r, pointers, finished, FINISH_TILE, odd)
         blocks = _gate_blocks(r)
         yield CompileCase(rank_grad_gate_kernel, "grad gate", compute, r, pointers, blocks, FINISH_TILE, odd)
         blocks = _row_gate_blocks(r, 1 if parts == 3 else 4096)

@@ -190,9 +190,8 @@ def rank_grad_one_read(
     assert max(ranks) <= tiles.ONE_READ_RANKS
     blocks = triton.cdiv(m, tile.block_m)
     programs = min(blocks, MAX_PROGRAMS)
-    buffers = {"dtype": torch.float32, "device": x.device}
-    partial_a = torch.empty((programs, k, r), **buffers) if sum_a else None
-    partial_b = None if s is None else torch.empty((programs, width * r), **buffers)
+    partial_a = torch.empty((programs, k, r), dtype=torch.float32, device=x.device) if sum_a else None
+    partial_b = None if s is None else torch.empty((programs, width * r), dtype=torch.float32, device=x.device)
     store_p = need_p or (sum_a and parts == 3)  # three of them pass through memory on their way to the sums over x
     p = torch.empty((m, r), dtype=dy.dtype, device=x.device) if store_p else None
     with common.on_device(x):
@@ -219,7 +218,7 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
     element, kernel = common.element_type(compute), rank_grad_one_read_kernel
     pointers = dict.fromkeys(("x_ptr", "s_ptr", "dy_ptr", "p_ptr", "lora_b_ptr"), f"*{element}")
     pointers |= dict.fromkeys(("gate_ptr", "kappa_ptr", "partial_a_ptr", "partial_b_ptr"), "*fp32")
-    fixed = {"PRECISION": common.dot_precision(compute), "stride_xk": 1, "stride_dn": 1}
+    fixed: dict[str, int | bool | str] = {"PRECISION": common.dot_precision(compute), "stride_xk": 1, "stride_dn": 1}
     fixed |= dict.fromkeys(("MAKE_P", "STORE_P", "SUM_A", "SUM_B"), True)
     plain, several, packed, row_gate = (1, False, False), (1, True, False), (3, True, False), (1, True, True)
     odd_rank = ("R", "R0", "R1")

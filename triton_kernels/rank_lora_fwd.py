@@ -30,6 +30,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastlora.triton_kernels import aot_cases, common, tiles
 from fastlora.triton_kernels.aot_cases import CompileCase
@@ -213,31 +214,38 @@ def rank_lora_dx(
     return _gated_gemm(dy, weight.t(), None, down, lora_a.t(), gate, kappa, scaling, p, None, variant, tile)
 
 
-def _gated_gemm(x, weight, bias, down, up, gate, kappa, scaling, s, ranks, variant, tile):
+def _gated_gemm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor, gate: Tensor, kappa: Tensor,
+    scaling: float, s: Tensor | None, ranks: tuple[int, int, int] | None, variant: str, tile: TileConfig | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x @ weight.T + bias + scaling * (s * T_kappa(gate)) @ up.T, and s = x @ down.T, made here or by the GEMM if None."""
     (m, k), n, r, widths = x.shape, weight.shape[0], gate.shape[-1], ranks or (gate.shape[-1],)
     assert weight.shape == (n, k) and weight.dtype == up.dtype == x.dtype and max(m, n, k) <= common.MAX_SIDE
     assert sum(widths) == r <= common.MAX_RANK and up.shape == ((n, r) if ranks is None else (n // 3 * r,))
     assert ranks is None or (len(ranks) == 3 and n % 3 == 0 and gate.dim() == 1 and up.is_contiguous())
     assert gate.dim() == 1 or m == 0 or m % gate.shape[0] == 0
-    assert s is not None or (down.shape == (r, k) and down.dtype == x.dtype)
+    assert s is not None or (down is not None and down.shape == (r, k) and down.dtype == x.dtype)
     assert kappa.dim() == 0 or kappa.shape == (r,)
     if s is None:
         _refuse_many_ranks(variant, widths)
         if variant == "split" or 0 in (m, n, r):
+            assert down is not None
             s = rank_project(x, down)
     assert s is None or (s.shape == (m, r) and s.is_contiguous() and s.dtype == x.dtype)
     if 0 in (m, n):
+        assert s is not None
         return torch.empty((m, n), dtype=x.dtype, device=x.device), s
     variant = variant if s is None else "split"
     tile = tile or tiles.pick_gemm_tile(x, weight, variant, widths)
     gemm = _pointer_gemm
     if tile.tma:  # imported here: other tiles do not need it
-        from fastlora.triton_kernels.rank_lora_tma import tma_gemm as gemm
+        from fastlora.triton_kernels.rank_lora_tma import tma_gemm
+
+        gemm = tma_gemm
     return gemm(x, weight, bias, down, up, gate, kappa, scaling, s, ranks=ranks, variant=variant, tile=tile)
 
 
-def _refuse_many_ranks(variant, ranks):
+def _refuse_many_ranks(variant: str, ranks: tuple[int, ...]) -> None:
     assert variant in VARIANTS
     if variant != "split" and max(ranks) > tiles.ONE_PASS_MAX_RANK:
         raise RuntimeError(
@@ -246,18 +254,22 @@ def _refuse_many_ranks(variant, ranks):
         )
 
 
-def _pointer_gemm(x, weight, bias, down, up, gate, kappa, scaling, s, *, ranks, variant, tile):
+def _pointer_gemm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor, gate: Tensor, kappa: Tensor,
+    scaling: float, s: Tensor | None, *, ranks: tuple[int, int, int] | None, variant: str, tile: TileConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`rank_lora_fwd_kernel`, for operands of any strides. s None: the kernel makes it; given: down is not read."""
     (m, k), n, r = x.shape, weight.shape[0], gate.shape[-1]
-    ranks, parts = ranks or (r,), len(ranks or (r,))
-    aligned = all(rank % 16 == 0 for rank in ranks)
+    widths: tuple[int, ...] = ranks or (r,)
+    parts, aligned = len(widths), all(rank % 16 == 0 for rank in widths)
     block_r = 16
     if variant == "split":
         down = x  # an operand that is not used is not read
     else:
-        block_r = tiles.rank_block(max(ranks))
+        block_r = tiles.rank_block(max(widths))
         s = torch.empty((m, r), dtype=x.dtype, device=x.device)
-    step_r = tiles.rank_step(max(ranks), *((s, up) if parts == 1 else (s,)), aligned=parts == 1 or aligned)
+    assert s is not None and down is not None
+    step_r = tiles.rank_step(max(widths), *((s, up) if parts == 1 else (s,)), aligned=parts == 1 or aligned)
     num_m, num_n = triton.cdiv(m, tile.block_m), triton.cdiv(n // parts, tile.block_n) * parts
     programs, ready = num_m * num_n, x
     if variant == "leader":
@@ -268,7 +280,7 @@ def _pointer_gemm(x, weight, bias, down, up, gate, kappa, scaling, s, *, ranks, 
         rank_lora_fwd_kernel[(programs,)](
             x_ptr=x, weight_ptr=weight, bias_ptr=x if bias is None else bias.contiguous(), down_ptr=down, up_ptr=up,
             gate_ptr=gate.contiguous(), kappa_ptr=kappa, s_ptr=s, ready_ptr=ready, y_ptr=y,
-            M=m, N=n // parts, K=k, R=r, R0=ranks[0], R1=ranks[1] if parts == 3 else 0,
+            M=m, N=n // parts, K=k, R=r, R0=widths[0], R1=widths[1] if parts == 3 else 0,
             rows_per_gate=m // gate.shape[0] if gate.dim() == 2 else 1, scaling=float(scaling),
             stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             stride_dr=down.stride(0), stride_dk=down.stride(1),
@@ -300,8 +312,9 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
         "row gate": dx | {"HAS_BIAS": False, "PARTS": 1, "ROW_GATE": True},
     }
 
-    def case(variant, role, size, tile, r, odd):
-        flags = {"VARIANT": variant, "EVEN_K": not odd, "ALIGNED_RANKS": not odd, "stride_xk": 1}
+    def case(variant: str, role: str, size: str, tile: TileConfig, r: int, odd: tuple[str, ...]) -> CompileCase:
+        flags: dict[str, int | bool | str] = {"VARIANT": variant, "stride_xk": 1}
+        flags |= {"EVEN_K": not odd, "ALIGNED_RANKS": not odd}
         flags |= {"BLOCK_R": 16 if variant == "split" else r, "STEP_R": 16 if odd else r}
         blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m}
         constexprs = flags | blocks | {"PRECISION": common.dot_precision(compute)} | roles[role]

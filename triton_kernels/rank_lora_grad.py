@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from fastlora.triton_kernels import common, rank_grad_columns, rank_grad_finish, rank_grad_one_read, tiles
 from fastlora.triton_kernels.aot_cases import CompileCase
@@ -93,24 +94,30 @@ def rank_lora_grad(
     assert x.dtype == dy.dtype == lora_a.dtype == lora_b.dtype and kappa.shape in ((), (r,))
     allocate = torch.zeros if min(m, n, k) == 0 else torch.empty  # a sum over nothing is zero
     wanted = ((need_a, (r, k)), (need_b, lora_b.shape), (need_gate, gate.shape))
-    grads = [allocate(shape, dtype=torch.float32, device=x.device) if need else None for need, shape in wanted]
+    dlora_a, dlora_b, dgate = (
+        allocate(shape, dtype=torch.float32, device=x.device) if need else None for need, shape in wanted
+    )
     if min(m, n, k, r) == 0:
-        p = _project(dy, lora_b, ranks) if need_p and p is None else p
+        p = _project(dy, lora_b, parts) if need_p and p is None else p
     elif need_a or need_b or need_gate or need_p:
         p = _launch_grad(
-            x, s, dy, p, lora_a, lora_b, gate.contiguous(), kappa, float(scaling), parts, need_p, path, tile, *grads
-        )
-    return *grads, p
+            x, s, dy, p, lora_a, lora_b, gate.contiguous(), kappa, float(scaling), parts, need_p, path, tile,
+            dlora_a, dlora_b, dgate,
+        )  # fmt: skip
+    return dlora_a, dlora_b, dgate, p
 
 
-def _project(dy, lora_b, ranks):
+def _project(dy: Tensor, lora_b: Tensor, ranks: tuple[int, ...]) -> Tensor:
     """p = dy @ lora_b."""
     return rank_project(dy, lora_b.t()) if lora_b.dim() == 2 else rank_project_packed(dy, lora_b, ranks)
 
 
-def _launch_grad(x, s, dy, p, lora_a, lora_b, gate, kappa, scaling, ranks, need_p, path, tile, *grads):
+def _launch_grad(
+    x: Tensor, s: Tensor | None, dy: Tensor, p: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+    kappa: Tensor, scaling: float, ranks: tuple[int, ...], need_p: bool, path: str | None, tile: TileConfig | None,
+    dlora_a: Tensor | None, dlora_b: Tensor | None, dgate: Tensor | None,
+) -> Tensor | None:  # fmt: skip
     """Fill the gradients that are not None; p, if it was made or given."""
-    dlora_a, dlora_b, dgate = grads
     by_row = gate.dim() == 2 and dgate is not None
     sum_a = dlora_a is not None
     sum_b = dlora_b is not None or (dgate is not None and not by_row and not sum_a)
@@ -139,8 +146,9 @@ def _launch_grad(x, s, dy, p, lora_a, lora_b, gate, kappa, scaling, ranks, need_
                 x, sums_s, dy, p if sum_a else None, gate, kappa, scaling, ranks, tile
             )
     if sum_a or sum_b:
-        finish(partial_a, partial_b, lora_a, lora_b, gate, kappa, scaling, ranks, *grads)
+        finish(partial_a, partial_b, lora_a, lora_b, gate, kappa, scaling, ranks, dlora_a, dlora_b, dgate)
     if by_row:
+        assert p is not None and s is not None and dgate is not None
         row_gate(p, s, gate, kappa, scaling, dgate)
     return p
 

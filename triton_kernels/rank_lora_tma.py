@@ -191,14 +191,16 @@ def tma_gemm(
     if obstacle:
         raise ValueError(f"the tile {tile} asks for descriptors, but {obstacle}. Use a tile without tma.")
     (m, k), n, r = x.shape, weight.shape[0], gate.shape[-1]
-    parts, ranks = len(ranks or (r,)), ranks or (r,)
-    aligned, along_n = all(rank % 16 == 0 for rank in ranks), weight.stride(1) != 1
+    widths: tuple[int, ...] = ranks or (r,)
+    parts, aligned, along_n = len(widths), all(rank % 16 == 0 for rank in widths), weight.stride(1) != 1
     if variant == "split":
-        block_r = tiles.rank_step(max(ranks), *((s, up) if parts == 1 else (s,)), aligned=parts == 1 or aligned)
+        assert s is not None
+        block_r = tiles.rank_step(max(widths), *((s, up) if parts == 1 else (s,)), aligned=parts == 1 or aligned)
         down = x  # an operand that is not used is not read
     else:
-        block_r = tiles.rank_block(max(ranks))
+        block_r = tiles.rank_block(max(widths))
         s = torch.empty((m, r), dtype=x.dtype, device=x.device)
+    assert down is not None
     num_m, width = triton.cdiv(m, tile.block_m), n // parts
     programs = min(num_m * triton.cdiv(width, tile.block_n) * parts, common.multiprocessors(x))
     ready = torch.zeros((num_m, parts), dtype=torch.int32, device=x.device) if variant == "leader" else x
@@ -211,7 +213,7 @@ def tma_gemm(
         rank_lora_tma_kernel[(programs,)](
             x_ptr=x, weight_ptr=weight, bias_ptr=x if bias is None else bias.contiguous(), down_ptr=down, up_ptr=up,
             gate_ptr=gate.contiguous(), kappa_ptr=kappa, s_ptr=s, ready_ptr=ready, y_ptr=y,
-            M=m, N=width, K=k, R=r, R0=ranks[0], R1=ranks[1] if parts == 3 else 0,
+            M=m, N=width, K=k, R=r, R0=widths[0], R1=widths[1] if parts == 3 else 0,
             rows_per_gate=m // gate.shape[0] if gate.dim() == 2 else 1, scaling=float(scaling),
             stride_xm=x.stride(0), stride_weight=weight.stride(1 if along_n else 0),
             stride_dr=down.stride(0), stride_dk=down.stride(1),

@@ -82,11 +82,11 @@ def rank_project(x: torch.Tensor, down: torch.Tensor, *, tile: TileConfig | None
         s: [M, R] contiguous, dtype of x. Accumulated in float32, rounded once.
     """
     assert down.shape[1:] == x.shape[1:]
-    return _project(x, down, (down.shape[0],), down.stride(), tile)
+    return _project(x, down, (down.shape[0],), (down.stride(0), down.stride(1)), tile)
 
 
 def rank_project_packed(
-    dy: torch.Tensor, lora_b: torch.Tensor, ranks: tuple[int, int, int], *, tile: TileConfig | None = None
+    dy: torch.Tensor, lora_b: torch.Tensor, ranks: tuple[int, ...], *, tile: TileConfig | None = None
 ) -> torch.Tensor:
     """Project the three shares of packed rows onto their own ranks: `[dy_0 @ b_0 | dy_1 @ b_1 | dy_2 @ b_2]`.
 
@@ -103,7 +103,9 @@ def rank_project_packed(
     return _project(dy, lora_b, ranks, (1, 1), tile)
 
 
-def _project(x, down, ranks, strides, tile):
+def _project(
+    x: torch.Tensor, down: torch.Tensor, ranks: tuple[int, ...], strides: tuple[int, int], tile: TileConfig | None
+) -> torch.Tensor:
     """`strides` of down along R and K; of a packed one, K's is the rank of each projection."""
     (m, k), r, parts = (x.shape[0], x.shape[1] // len(ranks)), sum(ranks), len(ranks)
     assert down.dtype == x.dtype and r <= common.MAX_RANK and max(m, x.shape[1]) <= common.MAX_SIDE
@@ -131,7 +133,7 @@ def compile_cases(arch: str, compute: str) -> Iterator[CompileCase]:
     """Every shipped config, operands contiguous as forward (s) and dX (p) read them; packed at the most ranks."""
     element, kernel = common.element_type(compute), rank_project_kernel
     pointers = dict.fromkeys(("x_ptr", "down_ptr", "s_ptr"), f"*{element}")
-    fixed = {"PRECISION": common.dot_precision(compute), "stride_xk": 1}
+    fixed: dict[str, int | bool | str] = {"PRECISION": common.dot_precision(compute), "stride_xk": 1}
     for size, tile in tiles.tile_configs("project", compute, arch).items():
         blocks = fixed | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
         cases = aot_cases.rank_cases(size, kernel)

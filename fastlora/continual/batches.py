@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fastlora.continual.distributed import ALONE, World
-from fastlora.continual.stream import InMemoryImages
+from fastlora.continual.stream import InMemoryImages, MapStyle
 
 
 def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
@@ -26,7 +25,7 @@ def epoch_order(images: int, seed: int, task: int, epoch: int) -> Tensor:
     return torch.randperm(images, generator=generator_for(seed, "order", task, epoch))
 
 
-def batches(data: Dataset, batch_size: int, seed: int, task: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: MapStyle, batch_size: int, seed: int, task: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images [B, 3, H, W] and labels [B], without end; an epoch's last batch may be short, as in the published code.
 
     Random crops are functions of (seed, task, epoch, place in the epoch) alone, whatever was drawn before.
@@ -34,7 +33,7 @@ def batches(data: Dataset, batch_size: int, seed: int, task: int) -> Iterator[tu
     return ((images, labels) for images, labels, _ in parts(data, batch_size, seed, task, ALONE))
 
 
-def parts(data: Dataset, batch_size: int, seed: int, task: int, world: World) -> Iterator[tuple[Tensor, Tensor, int]]:
+def parts(data: MapStyle, batch_size: int, seed: int, task: int, world: World) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Of each of these batches the part of this process, crops as in the whole, and B."""
     order = _training_order(len(data), batch_size, seed, task)
     if world.size == 1:
@@ -42,18 +41,18 @@ def parts(data: Dataset, batch_size: int, seed: int, task: int, world: World) ->
     return _ahead(data, ((indices, generator, world.part(len(indices))) for indices, generator in order))
 
 
-def in_turn(data: Dataset, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def in_turn(data: MapStyle, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches at these indices, of images that are not trained on."""
     return ((images, labels) for images, labels, _ in _ahead(data, ((part, None, None) for part in indices)))
 
 
-def in_order(data: Dataset, batch_size: int, rows: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+def in_order(data: MapStyle, batch_size: int, rows: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, or those in `rows` (at least one), in the order of the data set."""
     return in_turn(data, torch.arange(len(data))[rows].split(batch_size))
 
 
 def gather(
-    data: Dataset, indices: Tensor, generator: torch.Generator | None = None, part: slice | None = None
+    data: MapStyle, indices: Tensor, generator: torch.Generator | None = None, part: slice | None = None
 ) -> tuple[Tensor, Tensor]:
     """The items at `indices` as one batch, or a part of it.
 
@@ -77,7 +76,7 @@ def _training_order(images: int, batch_size: int, seed: int, task: int) -> Itera
 
 
 def _ahead(
-    data: Dataset, order: Iterator[tuple[Tensor, torch.Generator | None, slice | None]]
+    data: MapStyle, order: Iterator[tuple[Tensor, torch.Generator | None, slice | None]]
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """The batches of `order`, or the parts of them, and the sizes of the whole; where a data set decodes images, the next
     one while the last one is worked on."""
@@ -96,7 +95,7 @@ def _ahead(
             yield *waiting[0].result(), waiting[1]
 
 
-def all_labels(data: Dataset) -> Sequence[int]:
+def all_labels(data: MapStyle) -> Sequence[int]:
     """Every label in order; reads the images too where the data set does not hold its labels apart."""
     labels = getattr(data, "labels", None)
     if isinstance(labels, Tensor):

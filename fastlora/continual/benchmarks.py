@@ -70,11 +70,14 @@ class Benchmark:
                     f"another benchmark: {', '.join(BENCHMARKS)}."
                 )
         chosen = {key: given[key] if given[key] is not None else default for key, default in self.options.items()}
-        data = {key.partition(".")[2]: value for key, value in chosen.items() if key.startswith("data.")}
+        data: dict[str, Any] = {
+            key.partition(".")[2]: value for key, value in chosen.items() if key.startswith("data.")
+        }
+        clip: dict[str, Any] = {key: chosen[key] for key in ("model", "pretrained") if key in chosen}
         return dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, **data),
-            **{key: chosen[key] for key in ("model", "pretrained") if key in chosen},
+            **clip,
         )
 
 
@@ -90,6 +93,7 @@ def _images(config: RunConfig) -> Loaded:
     from fastlora.continual.datasets import check_options, find_images
 
     check_options(config)
+    assert config.model is not None and config.pretrained is not None  # benchmarks of images have defaults of both
     images = find_images(config)  # before the model takes its seconds, or a download its minutes
     clip = load_clip(config.model, config.pretrained)
     return Loaded(clip.model, clip.tokenizer, images.stream(clip.transforms))

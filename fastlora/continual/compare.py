@@ -136,7 +136,12 @@ def sort_groups(groups: Sequence[Group], key: str) -> list[Group]:
         return sorted(groups, key=lambda group: group.label)
     sign = 1.0 if key in LOWER_IS_BETTER else -1.0
     values = {group.label: group.mean("own", key) for group in groups}
-    return sorted(groups, key=lambda group: math.inf if values[group.label] is None else sign * values[group.label])
+
+    def place(group: Group) -> float:
+        value = values[group.label]
+        return math.inf if value is None else sign * value
+
+    return sorted(groups, key=place)
 
 
 def comparison_text(groups: Sequence[Group]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastlora.continual.drawing import STYLE, Plot, save
 from fastlora.continual.frontier import AXES, frontier_groups, frontier_plot
 from fastlora.continual.group_labels import settings_of
 from fastlora.continual.module_plots import null_rank, place_of
-from fastlora.continual.record import LABEL_SPACES
+from fastlora.continual.record import LABEL_SPACES, RankEntry
 from fastlora.continual.tables import DEFINITIONS, FIGURES, READ_TOGETHER, SPACE_TITLES, duration, number, row_names
 from fastlora.files import write_atomically
 
@@ -135,6 +136,10 @@ def _adapters(groups: Sequence[Group]) -> str:
     places = {module: place_of(module) for module in dict.fromkeys(entry.module for entry in entries)}
     towers = list(dict.fromkeys(place.tower for place in places.values()))
     parts = list(dict.fromkeys(place.part for place in places.values()))
+
+    def is_in(what: str, value: str, entry: RankEntry) -> bool:
+        return getattr(places[entry.module], what) == value
+
     header = ["method", "rank", "null model", "kept", *towers, *(part.rpartition(".")[2] for part in parts)]
     rows = []
     for group in groups:
@@ -142,8 +147,8 @@ def _adapters(groups: Sequence[Group]) -> str:
         null = null_rank(group.runs[0])
         kept = [
             group.ranks(),
-            *(group.ranks(lambda entry, tower=tower: places[entry.module].tower == tower) for tower in towers),
-            *(group.ranks(lambda entry, part=part: places[entry.module].part == part) for part in parts),
+            *(group.ranks(functools.partial(is_in, "tower", tower)) for tower in towers),
+            *(group.ranks(functools.partial(is_in, "part", part)) for part in parts),
         ]
         cells = [str(max(ranks)) if ranks else "-", "-" if null is None else f"{null:.2f}"]
         cells += [number(mean_of(values), deviation_of(values)) for values in kept[:1]]

@@ -29,14 +29,16 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> Path:
         few = len(groups) <= MOST_BARS
         heights = (4.3, 4.3) if few else (max(4.0, 1.5 + 0.17 * len(groups)), 6.2)
         figure = Figure(figsize=(11, sum(heights)), layout="constrained")
-        upper, lower = figure.add_gridspec(2, 1, height_ratios=heights)
+        grid = figure.add_gridspec(2, 1, height_ratios=heights)
+        upper, lower = grid[0], grid[1]
         if few:
-            left, right = upper.subgridspec(1, 2, width_ratios=(3, 2))
-            draw_bars(figure.add_subplot(left), groups, "own")
-            draw_held_out(figure.add_subplot(right), groups)
+            cells = upper.subgridspec(1, 2, width_ratios=(3, 2))
+            draw_bars(figure.add_subplot(cells[0]), groups, "own")
+            draw_held_out(figure.add_subplot(cells[1]), groups)
         else:
             draw_held_out(figure.add_subplot(upper), groups)
-        panels = [figure.add_subplot(cell) for cell in lower.subgridspec(1, 2)]
+        below = lower.subgridspec(1, 2)
+        panels = [figure.add_subplot(below[0]), figure.add_subplot(below[1])]
         places = [draw_frontier(axes, groups, "own", key) for axes, (key, _, _) in zip(panels, AXES)]
         for place in places:
             place_labels(*place)

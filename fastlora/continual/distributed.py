@@ -87,14 +87,14 @@ class World:
         """The mean over all processes in place of each gradient that is there, by one all-reduce of them all."""
         if self.size == 1:
             return
-        parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        if not parameters:
+        given = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if not given:
             return
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        flat = torch.cat([grad.flatten() for _, grad in given])
         with self.reaching():
             dist.all_reduce(flat)
         flat /= self.size
-        for parameter, mean in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
+        for (parameter, _), mean in zip(given, flat.split([grad.numel() for _, grad in given])):
             parameter.grad = mean.view_as(parameter)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -114,7 +114,8 @@ class World:
         """
         if self.size == 1:
             return make()
-        error, message = None, [None, ""]
+        error: BaseException | None = None
+        message: list[Any] = [None, ""]
         if self.first:
             try:
                 message[0] = make()

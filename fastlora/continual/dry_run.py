@@ -79,7 +79,7 @@ def _cached(trainer: Trainer, seen: int) -> dict[str, int]:
     tested = [task.test for task in trainer.stream.tasks]
     if trainer.stream.reference is not None and trainer.stream.reference.images is not None:
         tested.append(trainer.stream.reference.images)
-    sizes = [getattr(images, "disk_bytes", 0) for images in tested]
+    sizes: list[int] = [getattr(images, "disk_bytes", 0) for images in tested]
     return {
         "cached_tests": sum(size * len(images) for size, images in zip(sizes, tested)),
         "cached_crops": max(sizes) * seen if trainer.config.data.cache_crops else 0,
@@ -94,7 +94,8 @@ def _training(trainer: Trainer, sizes: list[int]) -> list[tuple[int, int, int]]:
         sizes = [sizes[0], *(len(stream.open_task(index)) for index in range(1, len(stream)))]
     rows = [(images, iterations, _images_seen(images, iterations, batch)) for images in sizes]
     if trainer.method.joint:  # all of it when the first task arrives
-        return [tuple(map(sum, zip(*rows)))]
+        all_images, all_iterations, all_seen = map(sum, zip(*rows))
+        return [(all_images, all_iterations, all_seen)]
     return rows
 
 

@@ -22,7 +22,7 @@ import fastlora
 from fastlora.continual.clip_model import registered
 from fastlora.continual.config import UsageError, check_one_of
 from fastlora.continual.configs.base import check_count
-from fastlora.continual.features import image_features, text_features
+from fastlora.continual.features import image_features, logit_scale, text_features
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.memory import saved_bytes, size_of
 from fastlora.continual.precision import DTYPES, computing_in
@@ -129,7 +129,7 @@ def _build(name: str) -> Any:
 
 
 def _operations(model: Any, images: Tensor, tokens: Tensor, wanted: Wanted) -> int:
-    labels, scale = torch.zeros(len(images), dtype=torch.long), model.logit_scale.detach().exp()
+    labels, scale = torch.zeros(len(images), dtype=torch.long), logit_scale(model)
     with FlopCounterMode(display=False) as counter:
         features = image_features(model, images)
         once = counter.get_total_flops()

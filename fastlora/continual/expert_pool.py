@@ -27,9 +27,10 @@ class Experts:
         self.active, self.per = active, per
         self.earlier = self.newest = self._none()
 
-    def _none(self) -> tuple[Tensor, ...]:
+    def _none(self) -> tuple[Tensor, Tensor, Tensor]:
         n, k = self._shape
-        return tuple(torch.zeros(shape, device=self._device) for shape in ((0, k), (n, 0), (0, k)))
+        lora_a, lora_b, router = (torch.zeros(shape, device=self._device) for shape in ((0, k), (n, 0), (0, k)))
+        return lora_a, lora_b, router
 
     def grow(self, rank: int, generator: torch.Generator) -> None:
         """Freeze the experts that are there, and add `rank` to be trained: lora_b 0, the others Kaiming-uniform.
@@ -41,11 +42,13 @@ class Experts:
         lora_a, router = (torch.empty(rank, k).uniform_(-bound, bound, generator=generator) for _ in range(2))
         self.keep(*self.all())
         drawn = (lora_a, torch.zeros(n, rank), router)
-        self.newest = tuple(value.to(self._device).requires_grad_() for value in drawn)
+        lora_a, lora_b, router = (value.to(self._device).requires_grad_() for value in drawn)
+        self.newest = lora_a, lora_b, router
 
     def keep(self, lora_a: Tensor, lora_b: Tensor, router: Tensor) -> None:
         """Have these experts alone, frozen."""
-        self.earlier = tuple(value.detach().to(self._device) for value in (lora_a, lora_b, router))
+        lora_a, lora_b, router = (value.detach().to(self._device) for value in (lora_a, lora_b, router))
+        self.earlier = lora_a, lora_b, router
         self.newest = self._none()
 
     def shrink(self) -> None:
@@ -54,7 +57,8 @@ class Experts:
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
         """lora_a, lora_b and router over the experts of every task."""
-        return tuple(torch.cat(pair, dim) for pair, dim in zip(zip(self.earlier, self.newest), (0, 1, 0)))
+        (a, b, router), (new_a, new_b, new_router) = self.earlier, self.newest
+        return torch.cat((a, new_a)), torch.cat((b, new_b), 1), torch.cat((router, new_router))
 
     def gates(self, x: Tensor, router: Tensor) -> Tensor:
         """k * softmax over the k highest scores, 0 elsewhere: those at work have mean 1, like the gates of LoRA.
@@ -79,6 +83,8 @@ class PooledLinear(nn.Linear):
     Args:
         backend: as for `fastlora.ops.rank_lora_linear`.
     """
+
+    experts: Experts
 
     def __init__(self, plain: nn.Linear, experts: Experts, backend: str = "auto") -> None:
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")

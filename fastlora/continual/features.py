@@ -16,6 +16,11 @@ def image_features(model: Any, images: Tensor) -> Tensor:
     return F.normalize(model.encode_image(images.to(dtype)).float(), dim=-1)
 
 
+def logit_scale(model: Any) -> Tensor:
+    """What cosines are multiplied with, 0-d, detached."""
+    return model.logit_scale.detach().exp()
+
+
 def text_features(model: Any, tokens: Tensor) -> Tensor:
     """[C, D], unit rows, float32; tokens [C, L] integers, which `cut_context` may have cut."""
     return F.normalize(encode_text(model, tokens).float(), dim=-1)

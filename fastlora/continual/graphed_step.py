@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ def check_capture(config: RunConfig, method: Method, device: torch.device) -> No
             raise ValueError(f"cuda_graph was asked for, and {reason}. Give {instead}, or leave cuda_graph out.")
 
 
+class _Recorded(NamedTuple):
+    """A captured step: the batch that it reads, the loss that it writes, and what carries it out."""
+
+    static: Batch
+    loss: Tensor
+    replay: Callable[[], Any]
+
+
 class GraphedStep:
     """Carries out steps as `TrainingStep` does: full batches by a replay, an epoch's short last batch as it comes.
 
@@ -62,9 +70,7 @@ class GraphedStep:
         self._step, self._ctx, self._batch_size = step, ctx, batch_size
         self._capture = capture or _cuda_graph
         self._full_batches = 0
-        self._static: Batch | None = None
-        self._loss: Tensor | None = None
-        self._replay: Callable[[], Any] | None = None
+        self._recorded: _Recorded | None = None
 
     def __call__(self, iteration: int, batch: Batch) -> Tensor:
         """Train on `batch`; the loss, 0-d, detached."""
@@ -72,19 +78,20 @@ class GraphedStep:
         self._full_batches += full
         if not full or self._full_batches <= WARM_UP:
             return self._step(iteration, batch)
-        if self._replay is None:
-            self._record(iteration, batch)
-        self._static.images.copy_(batch.images, non_blocking=True)
-        self._static.labels.copy_(batch.labels, non_blocking=True)
+        if self._recorded is None:
+            self._recorded = self._record(iteration, batch)
+        static, loss, replay = self._recorded
+        static.images.copy_(batch.images, non_blocking=True)
+        static.labels.copy_(batch.labels, non_blocking=True)
         self._ctx.optimizer.write_scalars()
-        self._replay()
+        replay()
         self._ctx.step["iteration"] = iteration
-        return self._loss.clone()
+        return loss.clone()
 
-    def _record(self, iteration: int, batch: Batch) -> None:
-        self._static = batch._replace(images=batch.images.clone(), labels=batch.labels.clone())
-        self._loss = torch.zeros((), device=batch.images.device)
-        self._replay = self._capture(lambda: self._loss.copy_(self._step(iteration, self._static)))
+    def _record(self, iteration: int, batch: Batch) -> _Recorded:
+        static = batch._replace(images=batch.images.clone(), labels=batch.labels.clone())
+        loss = torch.zeros((), device=batch.images.device)
+        return _Recorded(static, loss, self._capture(lambda: loss.copy_(self._step(iteration, static))))
 
 
 def _cuda_graph(work: Callable[[], Any]) -> Callable[[], Any]:

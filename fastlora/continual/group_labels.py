@@ -11,8 +11,10 @@ from typing import Any
 from fastlora.continual.config import CONFIGS, RunConfig
 
 # how a run is carried out and what it keeps, not what it computes
-_NO_SETTINGS = ("seed", "device", "backend", "eval_batch_size", "log_every", "checkpoints", "log_to")
-_NO_SETTINGS += tuple(name for name in RunConfig.MAY_CHANGE if name.startswith("data."))
+_NO_SETTINGS = (
+    *("seed", "device", "backend", "eval_batch_size", "log_every", "checkpoints", "log_to"),
+    *(name for name in RunConfig.MAY_CHANGE if name.startswith("data.")),
+)
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

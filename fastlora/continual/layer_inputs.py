@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ def input_moments(ctx: TaskContext, batch_size: int) -> dict[str, Tensor]:
     Args:
         ctx: its model has adapters; q, k and v are taken to read one input, as in the blocks of open_clip's towers.
     """
+    assert ctx.train is not None
+    model: Any = ctx.model
     moments: dict[str, Tensor] = {}
     hosts = dict.fromkeys(input_of(name, adapter) for name, adapter in fastlora.adapters(ctx.model))
     handles = [ctx.model.get_submodule(host).register_forward_pre_hook(_adding(moments, host)) for host in hosts]
@@ -38,7 +41,7 @@ def input_moments(ctx: TaskContext, batch_size: int) -> dict[str, Tensor]:
     ctx.model.eval()
     try:
         for images, _ in in_order(ctx.train, batch_size):
-            ctx.model.encode_image(to_device(images, ctx.device))
+            model.encode_image(to_device(images, ctx.device))
         encode_text(ctx.model, prompts(ctx.task, ctx.model, ctx.tokenizer).to(ctx.device))
     finally:
         ctx.model.train(training)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlora
-from fastlora.continual.features import image_features, text_features
+from fastlora.continual.features import image_features, logit_scale, text_features
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.precision import DTYPES, computing_in
 from fastlora.continual.training_data import prompts
@@ -136,7 +136,7 @@ def _kept_by_block(
 
         labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            scale = model.logit_scale.detach().exp()
+            scale = logit_scale(model)
             contrastive_loss(image_features(model, images), text_features(model, tokens), labels, scale)
     return kept, inputs
 

@@ -73,7 +73,7 @@ class RunKeeper:
         manifest |= {"method": method.config.name, "seed": self.config.seed, "null_model": method.null_model()}
         manifest |= {"processes": self._world.size}
         if self._world.first:
-            self._known = {"config": self.config.as_dict(), "device": device.type}
+            self._known: dict[str, Any] = {"config": self.config.as_dict(), "device": device.type}
             self._known |= {"base": fingerprint(model.state_dict()), "data": data}
         state = self._world.from_first(lambda: self._open(manifest, model, method, stream))
         if state is not None and not self._world.first:
@@ -82,6 +82,7 @@ class RunKeeper:
         return state
 
     def _open(self, manifest: dict[str, Any], model: nn.Module, method: Method, stream: TaskStream) -> RunState | None:
+        assert self.out is not None
         if not self._resumes:
             self._run = RunDir.create(self.out, self._known["config"], manifest)
             return None

@@ -121,7 +121,7 @@ def read_state(path: Path) -> RunState:
     values = json.loads(header["state"])
     record = values.pop("record")
     record["ranks"] = [RankEntry(**entry) for entry in record["ranks"]]
-    parts = {
+    parts: dict[str, Any] = {
         kind: {key.removeprefix(f"{kind}."): tensor for key, tensor in tensors.items() if key.startswith(f"{kind}.")}
         for kind in _TENSORS
     }

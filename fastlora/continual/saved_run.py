@@ -87,7 +87,7 @@ def read_run(path: str | os.PathLike[str]) -> SavedRun:
         drift=metrics.get("drift_curve", []),
     )
     log = _read(path / "log.csv", _log)
-    selection = {"comparisons": []}
+    selection: dict[str, Any] = {"comparisons": []}
     if (path / "selection.json").exists():
         selection = _read(path / "selection.json", _selection)
     return SavedRun(path, config, manifest, record, log, selection)

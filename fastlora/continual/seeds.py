@@ -80,6 +80,7 @@ class _Family:
                 env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | os.environ,
             )
             self._processes.append(process)
+        assert process.stdout is not None and process.stderr is not None
         errors = threading.Thread(target=self._pass_on, args=(seed, process.stderr, sys.stderr, ""))
         errors.start()
         self._pass_on(seed, process.stdout, sys.stdout, self._label)

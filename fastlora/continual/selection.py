@@ -13,15 +13,16 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 import fastlora
 from fastlora.adapt import RankReport
 from fastlora.continual.benchmarks import benchmark
 from fastlora.continual.config import RunConfig
 from fastlora.continual.methods import METHODS, TaskContext
+from fastlora.continual.methods.base import AdapterMethod
 from fastlora.continual.stream import TaskStream
 from fastlora.continual.tables import text_table
 from fastlora.continual.trainer import Trainer
@@ -138,27 +139,29 @@ def kept_components(run: RunConfig, start: Start) -> Kept:
     loaded = benchmark(run.benchmark).load(config)
     given = loaded.stream.tasks[start.task]
     # nobody looks at the accuracies here: one test image is enough
-    task = dataclasses.replace(given, train=loaded.stream.open_task(start.task), test=Subset(given.test, [0]))
+    images = cast("Dataset[Any]", given.test)  # Subset asks no more of it
+    task = dataclasses.replace(given, train=loaded.stream.open_task(start.task), test=Subset(images, [0]))
     stream = TaskStream(run.benchmark, [task])
     trainer = Trainer(loaded.model, loaded.tokenizer, stream, config=config, progress=False)
     observed = type("Observed", (_Observed, METHODS[run.method.name]), {})
-    trainer.method = observed(run.method, backend=run.backend)
-    trainer.method.start = start
+    own: _Observed = observed(run.method, backend=run.backend)
+    own.start = start
+    trainer.method = own
     trainer.fit()
-    return trainer.method.kept
+    return own.kept
 
 
-class _Observed:
+class _Observed(AdapterMethod):
     """Goes before a method: draws by the seeds of `start`, lets dead components stay to the end, and notes the others."""
 
     start: Start
     kept: Kept
 
-    def begin_task(self: Any, ctx: TaskContext) -> None:
+    def begin_task(self, ctx: TaskContext) -> None:
         ctx.seed = self.start.gates
         super().begin_task(ctx)
 
-    def draw(self: Any, ctx: TaskContext) -> None:
+    def draw(self, ctx: TaskContext) -> None:
         super().draw(dataclasses.replace(ctx, seed=self.start.lora_a))
         lora_as = [adapter.lora_a.detach().clone() for _, adapter in fastlora.adapters(ctx.model)]
         super().draw(ctx)
@@ -168,7 +171,7 @@ class _Observed:
     def drop_dead(self, ctx: TaskContext) -> None:
         """Components keep their numbers; a dead one changes nothing by its presence."""
 
-    def end_task(self: Any, ctx: TaskContext) -> RankReport:
+    def end_task(self, ctx: TaskContext) -> RankReport:
         self.kept = {
             name: frozenset(adapter.gate.detach().nonzero().flatten().tolist())
             for name, adapter in fastlora.adapters(ctx.model)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import open_clip
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora.adapt import inject
@@ -38,7 +37,7 @@ def clip_calls(name: str | None, rank: int, where: str, images: int, texts: int,
     return [replace(call, dtype=getattr(torch, dtype)) for call in calls]
 
 
-def _architecture(name: str | None) -> nn.Module:
+def _architecture(name: str | None) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     known = open_clip.list_models()
     if name is not None and name not in known:
         near = difflib.get_close_matches(name, known, 3) or known[:3]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +59,11 @@ def _sharded(tower: nn.Module, kept: set[int], mesh: DeviceMesh, dtype: torch.dt
     # what a copy is told to know already is shared, and not copied
     twin = copy.deepcopy(tower, {id(tensor): tensor for tensor in [*tower.parameters(), *tower.buffers()]})
     adapters = {parameter for parameter in twin.parameters() if id(parameter) in kept}
-    for block in [*twin.resblocks, twin]:  # the tower last: it is the root, from which the next block is gathered early
+    blocks: Any = twin
+    for block in [
+        *blocks.resblocks,
+        twin,
+    ]:  # the tower last: it is the root, from which the next block is gathered early
         frozen = [parameter for parameter in block.parameters() if id(parameter) not in kept]
         frozen = [parameter for parameter in frozen if not isinstance(parameter, DTensor)]
         for parameter in frozen:

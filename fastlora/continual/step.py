@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.continual.config import RunConfig
 from fastlora.continual.distributed import World
-from fastlora.continual.features import image_features, text_features
+from fastlora.continual.features import image_features, logit_scale, text_features
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.methods.base import Method, TaskContext
 from fastlora.continual.precision import DTYPES, computing_in
@@ -42,7 +42,7 @@ class TrainingStep:
 
     def __init__(self, method: Method, ctx: TaskContext, config: RunConfig) -> None:
         self._method, self._ctx, self._parts = method, ctx, config.accumulate
-        self._logit_scale = ctx.model.logit_scale.detach().exp()  # frozen
+        self._logit_scale = logit_scale(ctx.model)  # frozen
         self._frozen_texts: dict[int, Tensor] = {}
         # gathered rows get their gradient `size` times: at this scale the towers see what those of one process see
         start = 2.0**16 / ctx.world.size
@@ -119,7 +119,9 @@ class _Features:
         """The gradients of the parts, once that of `all` is known."""
         if not self._images:
             return
-        for part, state, grad in zip(self._images, self._states, self._own.grad.tensor_split(len(self._images))):
+        whole = self._own.grad
+        assert whole is not None
+        for part, state, grad in zip(self._images, self._states, whole.tensor_split(len(self._images))):
             state.restore()
             features = self._encode(self._model, part)
             if features.requires_grad:  # the image tower may be frozen
@@ -136,7 +138,7 @@ class _RandomState:
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
+        if self._cuda is not None and self._device is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
 
 
@@ -146,7 +148,7 @@ def _encoders(compile: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor
     # what an earlier task compiled is for modules that are gone; kept, it would count against torch's recompile limit
     torch.compiler.reset()
     mode = None if compile == "default" else "max-autotune-no-cudagraphs"
-    return tuple(torch.compile(encode, mode=mode) for encode in (image_features, text_features))
+    return torch.compile(image_features, mode=mode), torch.compile(text_features, mode=mode)
 
 
 @contextlib.contextmanager

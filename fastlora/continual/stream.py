@@ -10,12 +10,13 @@ import dataclasses
 import string
 import sys
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
 
-class InMemoryImages(Dataset):
+class InMemoryImages(Dataset[tuple[torch.Tensor, int]]):
     """Preprocessed images held as one tensor, so that a batch is one indexing operation.
 
     Args:
@@ -83,7 +84,15 @@ def _check_template(template: str) -> None:
         )
 
 
-def _check_data(data: Dataset, what: str, classes: int) -> None:
+class MapStyle(Protocol):
+    """A map-style data set, such as a subclass of torch's Dataset, which itself promises no length."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+def _check_data(data: MapStyle, what: str, classes: int) -> None:
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(
             f"{what} is a {type(data).__name__}; it must be a map-style Dataset. Give it __getitem__ and __len__."
@@ -115,8 +124,8 @@ class Task:
     name: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
-    train: Dataset | None
-    test: Dataset
+    train: MapStyle | None
+    test: MapStyle
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -149,7 +158,7 @@ class Reference:
         TypeError, ValueError: what was given, what is accepted, what to do.
     """
 
-    images: Dataset | None
+    images: MapStyle | None
     texts: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -178,7 +187,7 @@ class TaskStream:
     # names of the training images, where a data set tells them in `files`; kept when the images are given up
     train_files: tuple[tuple[str, ...] | None, ...] = dataclasses.field(init=False, repr=False, compare=False)
     # state, not value: which training data is still there
-    _train: list[Dataset | None] = dataclasses.field(init=False, repr=False, compare=False)
+    _train: list[MapStyle | None] = dataclasses.field(init=False, repr=False, compare=False)
     _opened: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)  # newest opened task
 
     def __post_init__(self) -> None:
@@ -203,7 +212,7 @@ class TaskStream:
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def open_task(self, index: int) -> Dataset:
+    def open_task(self, index: int) -> MapStyle:
         """Training data of a task; the training data of all earlier tasks is given up for good.
 
         Args:
@@ -225,15 +234,16 @@ class TaskStream:
                 f"task {index} ({name!r}) is closed: task {self._opened} has been opened, and a stream keeps no "
                 "training data of earlier tasks (exemplar-free). Build the stream anew to start over."
             )
-        if self._train[index] is None:
+        data = self._train[index]
+        if data is None:
             raise ValueError(
                 f"task {index} ({name!r}) has no training data; it can only be evaluated. Give Task a train set."
             )
         self._train[:index] = [None] * index
         object.__setattr__(self, "_opened", index)
-        return self._train[index]
+        return data
 
-    def open_all(self) -> list[Dataset]:
+    def open_all(self) -> list[MapStyle]:
         """Training data of every task at once, for an upper bound that no continual method reaches; then all is closed.
 
         Raises:
@@ -245,12 +255,13 @@ class TaskStream:
                 f"all of {self.name!r} was asked for, but task {self._opened} has been opened; a stream hands out "
                 "everything at once or task by task. Build the stream anew."
             )
+        everything = []
         for task, data in zip(self.tasks, self._train):
             if data is None:
                 raise ValueError(
                     f"{task.name!r} has no training data; it can only be evaluated. Give Task a train set."
                 )
-        everything = list(self._train)
+            everything.append(data)
         self._train[:] = [None] * len(self)
         object.__setattr__(self, "_opened", len(self))
         return everything

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fastlora.continual.annealing import cosine
 from fastlora.continual.batches import generator_for
@@ -32,7 +31,7 @@ from fastlora.continual.progress import Progress
 from fastlora.continual.record import RankEntry, Record
 from fastlora.continual.run_keeper import RunKeeper
 from fastlora.continual.step import training_step
-from fastlora.continual.stream import Task, TaskStream
+from fastlora.continual.stream import MapStyle, Task, TaskStream
 from fastlora.continual.training_data import Batch, TrainingData, open_data
 
 if TYPE_CHECKING:
@@ -84,8 +83,9 @@ class Trainer:
         self.method = build_method(self.config.method, backend=self.config.backend)
         self.method.check(stream)
         check_dtype(self.config.dtype, self.method.adapters_alone, self.config.method.name)
-        if distils(self.config.method):
-            check_reference(self.config.method, stream, images=self.config.method.distil_on == "reference")
+        config_of_method = self.config.method
+        if distils(config_of_method):
+            check_reference(config_of_method, stream, images=config_of_method.distil_on == "reference")
         self.world = join(self.config.device)
         check_parallel(self.config, self.method, self.world)
         self.device = find_device(self.config.device, self.world.local_rank)
@@ -207,9 +207,8 @@ class Trainer:
         iterations = config.iterations * len(source)  # joint training takes as many steps as all tasks
 
         self._progress.start(f"task {number}/{len(self.stream)} {task.name}", iterations)
-        with training_step(self.method, ctx, self.config) as step:
-            if self.config.cuda_graph:
-                step = GraphedStep(step, ctx, config.batch_size)
+        with training_step(self.method, ctx, self.config) as eager:
+            step = GraphedStep(eager, ctx, config.batch_size) if self.config.cuda_graph else eager
             for iteration in range(iterations):
                 for group, lr in zip(optimizer.param_groups, first_lrs):
                     group["lr"] = cosine(lr, iteration, iterations)
@@ -240,8 +239,8 @@ class Trainer:
             reason = error.with_traceback(None)  # the frames of the step hold what it computed
         raise RuntimeError(out_of_memory(self, ctx, batch.images)) from reason
 
-    def _context(self, number: int, task: Task, data: Dataset) -> TaskContext:
-        earlier = self.stream.tasks[: number - 1]
+    def _context(self, number: int, task: Task, data: MapStyle) -> TaskContext:
+        earlier = tuple(self.stream.tasks[: number - 1])
         return TaskContext(
             self.model,
             task,

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fastlora.continual.batches import parts
 from fastlora.continual.device import to_device
 from fastlora.continual.distributed import ALONE, World
-from fastlora.continual.stream import Task, TaskStream
+from fastlora.continual.stream import MapStyle, Task, TaskStream
 from fastlora.continual.text import cut_context
 
 
@@ -44,7 +43,7 @@ class TrainingData:
     def __init__(
         self,
         tasks: list[Task],
-        data: list[Dataset],
+        data: list[MapStyle],
         numbers: list[int],
         model: Any,
         tokenizer: Any,
@@ -75,7 +74,7 @@ def prompts(task: Task, model: Any, tokenizer: Any) -> Tensor:
     return cut_context(model, tokenizer([task.templates[0].format(name) for name in task.classes]))
 
 
-def open_data(stream: TaskStream, number: int, joint: bool) -> tuple[list[Task], list[Dataset], list[int]]:
+def open_data(stream: TaskStream, number: int, joint: bool) -> tuple[list[Task], list[MapStyle], list[int]]:
     """(tasks, their training data, their numbers): of task `number` alone, or of all."""
     if joint:
         return list(stream.tasks), stream.open_all(), list(range(1, len(stream) + 1))

@@ -149,7 +149,7 @@ def _padded(factors: Factors, rank: int) -> Factors:
 
 
 def _tensors(updates: Mapping[str, Factors], packed: Mapping[str, Factors]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (lora_a, lora_b) in updates.items():
         parent, _, last = name.rpartition(".")
         # a layer within an attention whose in_proj_weight is adapted: PEFT has that one wrapped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +99,9 @@ def _host(modules: Mapping[str, nn.Module], name: str, source: str) -> str:
 def _weight_shape(modules: Mapping[str, nn.Module], name: str, host: str) -> list[int]:
     """[N, K] of the weight that an adapter `name` updates."""
     if name in modules:
-        module = modules[name]
+        module: Any = modules[name]
         return [*module.weight.t().shape] if is_conv1d(module) else [module.out_features, module.in_features]
-    width = modules[host].in_proj_weight.shape[1]
+    width = cast(nn.MultiheadAttention, modules[host]).in_proj_weight.shape[1]  # or open_clip's
     return [width, width]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,30 @@ from torch import Tensor, nn
 from fastlora import reference
 from fastlora.checks import check_finite_gate, check_kappa, check_layer_options
 from fastlora.interrupts import uninterrupted
-from fastlora.ops.merge import merge_
+from fastlora.ops.merge import MergeOptions, merge_
 from fastlora.ops.rank_lora import rank_lora_linear
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastlora.ops.merge import MergeReport
+
+
+class AdapterOptions(TypedDict, total=False):
+    """What every adapter takes by keyword; `fastlora.FusedRankLoRALinear` says what each is."""
+
+    kappa: float
+    scaling: float
+    dropout: float
+    gate_init: str
+    backend: str
+    recompute: bool
+
+
+class LayerMergeOptions(MergeOptions, total=False):
+    """What `RankAdapter.merge_` passes on."""
+
+    residuals: Sequence[Tensor] | None
 
 
 class RankAdapter(nn.Module):
@@ -25,9 +45,15 @@ class RankAdapter(nn.Module):
     `prune_`, `merge_` and `reset_adapter_`: only their contents and shapes change.
     """
 
-    weight: Any
+    if TYPE_CHECKING:  # some subclasses have a property, others a parameter
+
+        @property
+        def weight(self) -> Tensor: ...
+
     # whether the parameter beneath `weight` is stored [K, N], and `weight` its transposed view
     transposed = False
+
+    _kappa: Tensor
 
     def _init_adapter(
         self,
@@ -185,7 +211,9 @@ class RankAdapter(nn.Module):
         lora_a, lora_b = self.lora_a.index_select(0, ranks), self.lora_b.index_select(1, ranks)
         self._set(lora_a, lora_b, self.gate.index_select(0, ranks))
 
-    def merge_(self, *, generator: torch.Generator | None = None, **merge_kwargs: Any) -> MergeReport:
+    def merge_(
+        self, *, generator: torch.Generator | None = None, **merge_kwargs: Unpack[LayerMergeOptions]
+    ) -> MergeReport:
         """weight += delta_weight() in place, rounded once; then a fresh adapter of the original rank.
 
         Args:

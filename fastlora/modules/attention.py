@@ -8,16 +8,19 @@ merge writes them in place), and the base keys of the state_dict stay as they we
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.modules.adapter import RankAdapter
+from fastlora.modules.adapter import AdapterOptions, RankAdapter
 from fastlora.modules.linear import FusedRankLoRALinear
 from fastlora.ops.backend import TRITON_MAX_RANK
 from fastlora.ops.rank_lora import rank_lora_packed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PARTS = ("q", "k", "v", "out")
 
@@ -25,7 +28,9 @@ PARTS = ("q", "k", "v", "out")
 class PackedProjection(RankAdapter):
     """Adapter of q, k or v: its weight is a block of rows of the attention's in_proj_weight."""
 
-    def __init__(self, attention: _PackedAttention, part: str, rank: int, **options: Any) -> None:
+    _attention: _PackedAttention
+
+    def __init__(self, attention: _PackedAttention, part: str, rank: int, **options: Unpack[AdapterOptions]) -> None:
         super().__init__()
         # not through nn.Module.__setattr__: the attention is the parent, not a child, and owns the weight
         self.__dict__["_attention"] = attention
@@ -40,7 +45,7 @@ class PackedProjection(RankAdapter):
         return slice(index * width, (index + 1) * width)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """[d, d], a view of the packed weight."""
         return self._attention.in_proj_weight[self._rows]
 
@@ -61,23 +66,32 @@ class PackedProjection(RankAdapter):
 class _PackedAttention(nn.Module):
     """What both attentions share: taking over, projecting, attending, and giving back the plain module."""
 
-    def __init__(self, plain: nn.Module, parts: tuple[str, ...], rank: int, **options: Any) -> None:
+    in_proj_weight: nn.Parameter
+    in_proj_bias: nn.Parameter | None
+    q: PackedProjection | None
+    k: PackedProjection | None
+    v: PackedProjection | None
+    out_proj: nn.Linear
+    _plain: Any
+
+    def __init__(self, plain: nn.Module, parts: tuple[str, ...], rank: int, **options: Unpack[AdapterOptions]) -> None:
         super().__init__()
         refuse_unsupported(plain)
         unknown = [part for part in parts if part not in PARTS]
         if unknown or not parts:
             raise ValueError(f"attention targets {list(parts)} were given; accepted: any of {list(PARTS)}.")
-        self.embed_dim = plain.in_proj_weight.shape[1]
-        self.num_heads = plain.num_heads
-        self.in_proj_weight = plain.in_proj_weight.requires_grad_(False)
-        self.in_proj_bias = plain.in_proj_bias
+        source: Any = plain  # one of two classes that share these names, and no base
+        self.embed_dim: int = source.in_proj_weight.shape[1]
+        self.num_heads: int = source.num_heads
+        self.in_proj_weight = source.in_proj_weight.requires_grad_(False)
+        self.in_proj_bias = source.in_proj_bias
         if self.in_proj_bias is not None:
             self.in_proj_bias.requires_grad_(False)
         for part in PARTS[:3]:
             self.add_module(part, PackedProjection(self, part, rank, **options) if part in parts else None)
-        self.out_proj = plain.out_proj.requires_grad_(False)
+        self.out_proj = source.out_proj.requires_grad_(False)
         if "out" in parts:
-            self.out_proj = FusedRankLoRALinear.from_linear(plain.out_proj, rank, **options)
+            self.out_proj = FusedRankLoRALinear.from_linear(source.out_proj, rank, **options)
         # the emptied original is kept for to_plain(); it holds no tensor, so nothing has to follow .to() or a copy
         self.__dict__["_plain"] = _emptied(plain)
         self.train(plain.training)
@@ -86,8 +100,8 @@ class _PackedAttention(nn.Module):
         """The original attention over the same parameters; the adapters are left behind."""
         plain = self._plain
         plain.in_proj_weight, plain.in_proj_bias = self.in_proj_weight, self.in_proj_bias
-        adapted = isinstance(self.out_proj, FusedRankLoRALinear)
-        plain.out_proj = self.out_proj.to_linear() if adapted else self.out_proj
+        out = self.out_proj
+        plain.out_proj = out.to_linear() if isinstance(out, FusedRankLoRALinear) else out
         return plain.train(self.training)
 
     def _project(self, part: str, x: Tensor) -> Tensor:
@@ -101,10 +115,10 @@ class _PackedAttention(nn.Module):
         """q, k, v, each [batch, heads, tokens, d / heads]. shared: the three inputs are one tensor."""
         if shared and self._packs():
             # unbound along a middle axis, so that the three gradients come back as one contiguous [.., 3, d]
-            projected = self._project_packed(query).unflatten(-1, (3, self.embed_dim)).unbind(-2)
+            q, k, v = self._project_packed(query).unflatten(-1, (3, self.embed_dim)).unbind(-2)
         else:
-            projected = [self._project(part, x) for part, x in zip(PARTS, (query, key, value))]
-        return tuple(self._heads(x) for x in projected)
+            q, k, v = (self._project(part, x) for part, x in zip(PARTS, (query, key, value)))
+        return self._heads(q), self._heads(k), self._heads(v)
 
     def _packs(self) -> bool:
         """Whether one product over the packed weight can serve q, k and v: equal options, and no dropout before lora_a."""
@@ -159,7 +173,13 @@ class FusedRankLoRAMultiheadAttention(_PackedAttention):
         ValueError: an option of the attention that is not supported, or no known part.
     """
 
-    def __init__(self, plain: nn.MultiheadAttention, parts: tuple[str, ...] = PARTS, rank: int = 16, **options: Any):
+    def __init__(
+        self,
+        plain: nn.MultiheadAttention,
+        parts: tuple[str, ...] = PARTS,
+        rank: int = 16,
+        **options: Unpack[AdapterOptions],
+    ):
         super().__init__(plain, parts, rank, **options)
         self.batch_first, self.attention_dropout = plain.batch_first, plain.dropout
         # nn.TransformerEncoderLayer has a fast path for evaluation that reads the weights and would skip the adapters;
@@ -193,13 +213,13 @@ class FusedRankLoRAMultiheadAttention(_PackedAttention):
         q, k, v = self._project_all(query, key, value, shared)
         mask = self._combined_mask(attn_mask, key_padding_mask, q)
         dropout = self.attention_dropout if self.training else 0.0
+        weights: Tensor | None = None
         if need_weights:
             attended, weights = _attend_with_weights(q, k, v, mask, dropout)
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             causal = is_causal and attn_mask is None
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-            weights = None
         out = self._merge_heads(attended)
         if not self.batch_first:
             out = out.transpose(0, 1)
@@ -222,9 +242,15 @@ class FusedRankLoRAAttention(_PackedAttention):
     Args, Raises: as `FusedRankLoRAMultiheadAttention`.
     """
 
-    def __init__(self, plain: nn.Module, parts: tuple[str, ...] = PARTS, rank: int = 16, **options: Any) -> None:
+    attn_drop: nn.Dropout
+    out_drop: nn.Dropout
+
+    def __init__(
+        self, plain: nn.Module, parts: tuple[str, ...] = PARTS, rank: int = 16, **options: Unpack[AdapterOptions]
+    ) -> None:
         super().__init__(plain, parts, rank, **options)
-        self.attn_drop, self.out_drop = plain.attn_drop, plain.out_drop
+        source: Any = plain
+        self.attn_drop, self.out_drop = source.attn_drop, source.out_drop
 
     def forward(
         self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
@@ -247,7 +273,7 @@ class FusedRankLoRAAttention(_PackedAttention):
         return self.out_drop(self._merge_heads(attended))
 
 
-def is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module | None) -> TypeGuard[nn.Module]:
     """Whether `module` is `nn.MultiheadAttention` or has the build of open_clip's `Attention`."""
     if isinstance(module, nn.MultiheadAttention):
         return True
@@ -255,7 +281,9 @@ def is_attention(module: nn.Module) -> bool:
     return not isinstance(module, _PackedAttention) and all(hasattr(module, name) for name in named)
 
 
-def adapt_attention(plain: nn.Module, parts: tuple[str, ...], rank: int, **options: Any) -> _PackedAttention:
+def adapt_attention(
+    plain: nn.Module, parts: tuple[str, ...], rank: int, **options: Unpack[AdapterOptions]
+) -> _PackedAttention:
     """The adapted twin of an attention module; `plain` gives up its parameters to it.
 
     Raises:
@@ -287,12 +315,16 @@ def refuse_unsupported(plain: nn.Module) -> None:
         )
 
 
-def _emptied(plain: nn.Module) -> nn.Module:
+def _emptied(plain: Any) -> Any:
     plain.in_proj_weight = plain.in_proj_bias = None
     plain.out_proj = None
     return plain
 
 
+@overload
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None:
         return None

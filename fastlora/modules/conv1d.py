@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastlora.modules.adapter import RankAdapter
+from fastlora.modules.adapter import AdapterOptions, RankAdapter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class FusedRankLoRAConv1D(RankAdapter):
@@ -23,27 +26,35 @@ class FusedRankLoRAConv1D(RankAdapter):
     """
 
     transposed = True
+    bias: nn.Parameter
+    _plain: Any  # transformers' class, which is not imported
 
-    def __init__(self, plain: nn.Module, rank: int = 16, **options: Any) -> None:
+    def __init__(self, plain: nn.Module, rank: int = 16, **options: Unpack[AdapterOptions]) -> None:
         super().__init__()
         # not through nn.Module.__setattr__, which takes no parameter under the name of a property
-        self._parameters["weight"] = plain.weight.requires_grad_(False)
-        self.bias = plain.bias.requires_grad_(False)
-        k, n = plain.weight.shape
-        self._init_adapter(k, n, rank, **options, device=plain.weight.device)
+        source: Any = plain
+        self._parameters["weight"] = source.weight.requires_grad_(False)
+        self.bias = source.bias.requires_grad_(False)
+        k, n = source.weight.shape
+        self._init_adapter(k, n, rank, **options, device=source.weight.device)
         # the emptied original is kept for to_plain(); it holds no tensor, so nothing has to follow .to() or a copy
-        plain.weight = plain.bias = None
+        source.weight = source.bias = None
         self.__dict__["_plain"] = plain
         self.train(plain.training)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """[N, K], a view of the stored [K, N]."""
-        return self._parameters["weight"].t()
+        return self._stored().t()
+
+    def _stored(self) -> nn.Parameter:
+        stored = self._parameters["weight"]
+        assert stored is not None
+        return stored
 
     def to_plain(self) -> nn.Module:
         """The original layer over the same parameters; the adapter is left behind."""
-        self._plain.weight, self._plain.bias = self._parameters["weight"], self.bias
+        self._plain.weight, self._plain.bias = self._stored(), self.bias
         return self._plain.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:

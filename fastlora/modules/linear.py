@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.modules.adapter import RankAdapter
+from fastlora.modules.adapter import AdapterOptions, RankAdapter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LinearOptions(AdapterOptions, total=False):
+    """What `from_linear` takes by keyword."""
+
+    bias: bool
+    device: torch.device | str | None
 
 
 class FusedRankLoRALinear(RankAdapter, nn.Linear):
@@ -35,6 +45,8 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
         TypeError: rank is no int.
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -59,7 +71,7 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
         )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int = 16, **options: Any) -> FusedRankLoRALinear:
+    def from_linear(cls, linear: nn.Linear, rank: int = 16, **options: Unpack[LinearOptions]) -> FusedRankLoRALinear:
         """Wrap `linear`: take over its weight and bias (the same storage) and freeze them.
 
         Args:
@@ -71,14 +83,15 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
             ValueError: an option is out of range, or `bias` contradicts the layer.
         """
         _check_linear(linear)
-        device = options.pop("device", linear.weight.device)
+        device = options.pop("device", None) or linear.weight.device
         bias = options.pop("bias", linear.bias is not None)
         if bias != (linear.bias is not None):
             raise ValueError(
                 f"bias={bias} was given, but the linear layer has {'a' if linear.bias is not None else 'no'} bias."
             )
         # built on meta: the frozen tensors come from `linear`
-        layer = cls(linear.in_features, linear.out_features, rank, bias=bias, device="meta", **options)
+        others = cast(AdapterOptions, options)
+        layer = cls(linear.in_features, linear.out_features, rank, bias=bias, device="meta", **others)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._plain_class = type(linear)
         layer._freeze()
@@ -90,7 +103,7 @@ class FusedRankLoRALinear(RankAdapter, nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
-    def _materialize(self, device: torch.device) -> None:
+    def _materialize(self, device: torch.device | str) -> None:
         for name in ("lora_a", "lora_b", "gate"):
             setattr(self, name, nn.Parameter(torch.empty_like(getattr(self, name), device=device)))
         self._kappa = torch.full((), self.kappa, device=device)

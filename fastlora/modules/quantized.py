@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,15 +87,15 @@ class QuantizedRankLoRALinear(RankAdapter):
                 f"backend={backend!r}, recompute={recompute} were given for a quantised layer, whose own library computes "
                 "the base product; accepted: backend 'auto' or 'torch', recompute=False."
             )
-        self.base = base.requires_grad_(False)
+        self.base = cast(nn.Linear, base.requires_grad_(False))  # as every layer that has a format is
         self._init_adapter(
-            base.in_features, base.out_features, rank, kappa, scaling, dropout, gate_init, backend, recompute,
-            base.weight.device,
+            self.base.in_features, self.base.out_features, rank, kappa, scaling, dropout, gate_init, backend, recompute,
+            self.base.weight.device,
         )  # fmt: skip
         self.train(base.training)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The base layer's weight, as it is stored."""
         return self.base.weight
 
@@ -114,7 +114,9 @@ class QuantizedRankLoRALinear(RankAdapter):
         """The base weight, [N, K], float32."""
         return self.format.dequantize(self.base)
 
-    def merge_(self, *, requantize: Any = False, generator: torch.Generator | None = None) -> MergeReport:  # type: ignore[override]
+    def merge_(  # type: ignore[override]  # a quantised weight takes neither rounding nor residuals
+        self, *, requantize: Any = False, generator: torch.Generator | None = None
+    ) -> MergeReport:
         """Refused, since a quantised weight holds no small update, unless `requantize` asks for what can be had.
 
         Args:
@@ -271,4 +273,4 @@ def _quantized_torchao(layer: Any, dense: Tensor, requantize: Any) -> nn.Paramet
     plain.weight = nn.Parameter(dense.to(layer.weight.dtype), requires_grad=False)
     holder = nn.Sequential(plain)
     quantize_(holder, requantize)
-    return nn.Parameter(holder[0].weight, requires_grad=False)
+    return nn.Parameter(cast(nn.Linear, holder[0]).weight, requires_grad=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -39,6 +40,8 @@ def explain(layer_or_x: nn.Module | Tensor, *operands: Tensor | None, backend: s
             "x, weight, bias, lora_a, lora_b, gate."
         )
     weight, _, _, _, gate = operands
+    if weight is None or gate is None:
+        raise TypeError("weight or gate is None; only bias may be: x, weight, bias, lora_a, lora_b, gate.")
     return _explain_call(backend or "auto", layer_or_x, weight, gate)
 
 
@@ -49,12 +52,13 @@ def _explain_layer(layer: nn.Module, x: Tensor | None, backend: str | None) -> C
             f"a {type(layer).__name__} has no {', '.join(missing)}; pass a FusedRankLoRALinear, one of "
             "fastlora.adapters(model), or the operands of rank_lora_linear."
         )
+    found: Any = layer  # nn.Module promises none of the three
     if layer.training and getattr(layer, "dropout", 0) > 0:
         return Choice("torch", "dropout is on: base and update have different inputs, so nothing is fused")
-    backend = backend or layer.backend
+    named: str = backend or found.backend
     if x is not None:
-        return _explain_call(backend, x, layer.weight, layer.gate)
-    choice = choose(backend, layer.weight.device, layer.weight.dtype, layer.gate.shape)
+        return _explain_call(named, x, found.weight, found.gate)
+    choice = choose(named, found.weight.device, found.weight.dtype, found.gate.shape)
     if choice.variant == "triton":
         return replace(choice, reason=f"{choice.reason}; pass an input as well to see which")
     return choice

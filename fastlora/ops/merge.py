@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ from fastlora.ops.merge_torch import TorchMerge
 _turn = threading.RLock()
 
 __all__ = ["MergeError", "MergeReport", "ModuleMerge", "merge_", "new_residuals", "unmerge_"]
+
+
+class MergeOptions(TypedDict, total=False):
+    """Options of `merge_` that hold for every module of a call."""
+
+    rounding: str
+    seed: int | None
+    check: bool
 
 
 def merge_(
@@ -112,8 +121,7 @@ def new_residuals(weights: Sequence[Tensor], *, int8: bool = False) -> list[Tens
     Returns:
         [N, K] each, int8 or the dtype of its weight, on its device.
     """
-    kind = {"dtype": torch.int8} if int8 else {}
-    return [torch.zeros_like(weight, requires_grad=False, **kind) for weight in weights]
+    return [torch.zeros_like(weight, dtype=torch.int8 if int8 else None, requires_grad=False) for weight in weights]
 
 
 def run_jobs(

@@ -86,8 +86,11 @@ def check_merge(
         raise ValueError(f"the lists have different lengths ({told}); each must have one entry for each module.")
     scalings = _check_scalings(scaling, len(weights))
     kept = [None] * len(weights) if residuals is None else residuals
-    columns = (_check_names(names, len(weights)), weights, lora_as, lora_bs, gates, scalings, kept)
-    jobs = [MergeJob(*row, place) for place, row in enumerate(zip(*columns))]
+    rows = zip(_check_names(names, len(weights)), weights, lora_as, lora_bs, gates, scalings, kept)
+    jobs = [
+        MergeJob(name, weight, lora_a, lora_b, gate, own, residual, place)
+        for place, (name, weight, lora_a, lora_b, gate, own, residual) in enumerate(rows)
+    ]
     for job in jobs:
         _check_job(job)
     written = [(job.name, job.weight) for job in jobs]

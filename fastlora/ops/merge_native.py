@@ -6,13 +6,18 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastlora.build import extension
-from fastlora.ops.merge_checks import MergeJob, residual_strides, strides
+from fastlora.ops.merge_checks import MergeJob
+from fastlora.ops.merge_memory import residual_strides, strides
+
+if TYPE_CHECKING:
+    from fastlora._C import ItemReport, Matrix, MergeItem
+    from fastlora.ops.merge_report import Counts
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _RESIDUAL_DTYPES = {**_DTYPES, torch.int8: "int8"}
@@ -66,7 +71,7 @@ class NativeMerge:
         if self.capturing:
             _CAPTURED.append((self._workspace, self._table, self._alive, self._written))
 
-    def check(self) -> Sequence[Any]:
+    def check(self) -> Sequence[Counts]:
         if self.capturing:
             raise ValueError(
                 "check=True reads what it finds on the host, which a stream that is being captured cannot wait for; "
@@ -76,7 +81,7 @@ class NativeMerge:
             return self._on_cpu("check_cpu")
         return self._launch("check_cuda")()
 
-    def merge(self) -> Callable[[], Sequence[Any]]:
+    def merge(self) -> Callable[[], Sequence[Counts]]:
         """Write, and return what reads the figures."""
         if self.kind == "cpp":
             counts = self._on_cpu("merge_cpu")
@@ -90,7 +95,7 @@ class NativeMerge:
                 torch.autograd.graph.increment_version(tensor)
         return read
 
-    def _on_cpu(self, function: str) -> Sequence[Any]:
+    def _on_cpu(self, function: str) -> list[ItemReport]:
         try:
             return getattr(_extension(), function)(self._items, threads=torch.get_num_threads())
         except MemoryError:  # of its tables, which it makes before it writes
@@ -99,19 +104,19 @@ class NativeMerge:
                 "Free some, or merge fewer modules in a call."
             ) from None
 
-    def _launch(self, function: str) -> Callable[[], Sequence[Any]]:
+    def _launch(self, function: str) -> Callable[[], list[ItemReport]]:
         """Enqueue on the caller's stream; what is returned waits for the device and reads the figures."""
         stream = torch.cuda.current_stream(self.device).cuda_stream
         addresses = {"workspace": self._workspace.data_ptr(), "table": self._table.data_ptr(), "stream": stream}
         getattr(_extension(), function)(self._items, device=self.device.index, **addresses)
 
-        def read() -> Sequence[Any]:
+        def read() -> list[ItemReport]:
             figures = self._workspace.cpu()
             return _extension().cuda_reports(self._items, figures.data_ptr(), function == "check_cuda")
 
         return read
 
-    def _item(self, job: MergeJob) -> Any:
+    def _item(self, job: MergeJob) -> MergeItem:
         adapters = [
             tensor.detach() if tensor.dtype in _DTYPES else tensor.detach().to(torch.float32)
             for tensor in (job.lora_a, job.lora_b)
@@ -125,7 +130,7 @@ class NativeMerge:
         return _extension().MergeItem(*matrices, gate=gate.data_ptr(), scaling=job.scaling, **options)
 
 
-def _matrix(tensor: Tensor, strides_: tuple[int, int]) -> Any:
+def _matrix(tensor: Tensor, strides_: tuple[int, int]) -> Matrix:
     module, (row, col) = _extension(), strides_
     dtype = getattr(module.DType, _RESIDUAL_DTYPES[tensor.dtype])
     return module.Matrix(tensor.data_ptr(), dtype, *tensor.shape, stride_row=row, stride_col=col)

@@ -7,6 +7,7 @@ alive, and its replays see what `write_scalars` wrote last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def _chunks(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _taken(rows: Sequence[Row], device: torch.device) -> Tensor:
     """Steps that each row has taken, float32 [rows] on the device, from state that may be on either side."""
-    steps = [row.entry["step"] if row.entry else 0.0 for row in rows]
+    steps: list[Any] = [row.entry["step"] if row.entry else 0.0 for row in rows]  # numbers, or tensors on either side
     there = [number for number, step in enumerate(steps) if is_on_device(step)]
     here = [0.0 if is_on_device(step) else float(step) for step in steps]
     taken = _upload(torch.tensor(here, dtype=torch.float32), device)

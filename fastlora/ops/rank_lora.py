@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastlora import checks
 from fastlora.ops import backend as backends
 from fastlora.ops import rank_lora_autograd
+from fastlora.ops.rank_lora_torch import Ranks
 
 
 def rank_lora_linear(
@@ -62,7 +64,8 @@ def rank_lora_linear(
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, weight, bias, lora_a, lora_b = (_autocast(t, dtype) for t in (x, weight, bias, lora_a, lora_b))
+        x, weight, lora_a, lora_b = (_autocast(t, dtype) for t in (x, weight, lora_a, lora_b))
+        bias = _autocast(bias, dtype)
         with torch.autocast(device_type, enabled=False):
             return rank_lora_linear(
                 x, weight, bias, lora_a, lora_b, gate, kappa, scaling, backend=backend, recompute=recompute
@@ -114,22 +117,27 @@ def rank_lora_packed(
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, weight, bias = (_autocast(t, dtype) for t in (x, weight, bias))
+        x, weight, bias = _autocast(x, dtype), _autocast(weight, dtype), _autocast(bias, dtype)
         lora_as, lora_bs = ([_autocast(t, dtype) for t in ts] for ts in (lora_as, lora_bs))
         with torch.autocast(device_type, enabled=False):
             return rank_lora_packed(
                 x, weight, bias, lora_as, lora_bs, gates, kappas, scaling, backend=backend, recompute=recompute
             )
     checks.check_packed(x, weight, bias, lora_as, lora_bs, gates)
-    present = [part for part in range(3) if gates[part] is not None]
+    present = [
+        (a, b, gate, kappa)
+        for a, b, gate, kappa in zip(lora_as, lora_bs, gates, kappas)
+        if a is not None and b is not None and gate is not None
+    ]
     if not present:
         return torch.nn.functional.linear(x, weight, bias)
-    ranks = tuple(0 if gate is None else gate.shape[0] for gate in gates)
+    rank_q, rank_k, rank_v = (0 if gate is None else gate.shape[0] for gate in gates)
+    ranks = rank_q, rank_k, rank_v
     # copies of rank size, through which autograd hands each adapter its own gradient
-    lora_a = torch.cat([lora_as[part] for part in present])
-    lora_b = torch.cat([lora_bs[part].reshape(-1) for part in present])
-    gate = torch.cat([gates[part] for part in present])
-    kappa = _stacked_kappa([kappas[part] for part in present], [gates[part] for part in present])
+    lora_a = torch.cat([a for a, _, _, _ in present])
+    lora_b = torch.cat([b.reshape(-1) for _, b, _, _ in present])
+    gate = torch.cat([own for _, _, own, _ in present])
+    kappa = _stacked_kappa([own for *_, own in present], [own for _, _, own, _ in present])
     return _apply(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, backend, recompute)
 
 
@@ -142,7 +150,10 @@ def _stacked_kappa(kappas: Sequence[float | Tensor], gates: Sequence[Tensor]) ->
     return torch.cat([torch.as_tensor(k, dtype=g.dtype, device=g.device).expand_as(g) for k, g in zip(kappas, gates)])
 
 
-def _apply(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, backend, recompute) -> Tensor:
+def _apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+    kappa: float | Tensor, scaling: float, ranks: Ranks, backend: str, recompute: bool,
+) -> Tensor:  # fmt: skip
     variant = backends.variant_for(backend, x, gate, ranks)
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
@@ -150,6 +161,10 @@ def _apply(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, backend
     return y if flat else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+@overload
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As torch.autocast does: float64 and what is not floating stay, and are refused by the checks."""
     if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():

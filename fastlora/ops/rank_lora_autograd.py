@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlora.ops import rank_lora_torch, rank_lora_triton
-from fastlora.ops.rank_lora_torch import Gradients, Ranks
+from fastlora.ops.rank_lora_torch import Gradients, Needs, Ranks
 
 TORCH_VARIANTS = ("library", "merged")
 # what marks the tensors of torch.autograd.grad(..., is_grads_batched=True), which torch.func knows nothing of
@@ -64,7 +64,10 @@ def _is_transformed(dy: Tensor) -> bool:
     )
 
 
-def _forward(traced, x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant):
+def _forward(
+    traced: bool, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+    kappa: float | Tensor, scaling: float, ranks: Ranks, variant: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and s; s is None in the merged variant."""
     a = lora_a if lora_a.dtype == x.dtype else lora_a.to(x.dtype)
     b = lora_b if lora_b.dtype == x.dtype else lora_b.to(x.dtype)
@@ -76,7 +79,9 @@ def _forward(traced, x, weight, bias, lora_a, lora_b, gate, kappa, scaling, rank
     return run(x, weight, bias, a, b, gate, kappa, scaling, ranks, variant)
 
 
-def _backward(traced, dy, saved, scaling, ranks, variant, needs) -> Gradients:
+def _backward(
+    traced: bool, dy: Tensor, saved: tuple[Any, ...], scaling: float, ranks: Ranks, variant: str, needs: Needs
+) -> Gradients:
     x, s, weight, lora_a, lora_b, gate, kappa = saved
     a = lora_a if lora_a.dtype == dy.dtype else lora_a.to(dy.dtype)
     b = lora_b if lora_b.dtype == dy.dtype else lora_b.to(dy.dtype)
@@ -88,13 +93,19 @@ def _backward(traced, dy, saved, scaling, ranks, variant, needs) -> Gradients:
     else:
         run = rank_lora_triton.traced_bwd if traced else rank_lora_triton.launch_bwd
         grads = run(dy, x, s, weight, a, b, gate, kappa, scaling, ranks, needs, variant)
-    return tuple(
-        None if grad is None else grad if grad.dtype == of.dtype else grad.to(of.dtype)
-        for grad, of in zip(grads, (x, lora_a, lora_b, gate))
-    )
+    dx, dlora_a, dlora_b, dgate = grads
+    return _as(dx, x), _as(dlora_a, lora_a), _as(dlora_b, lora_b), _as(dgate, gate)
 
 
-def _save(ctx: Any, x, weight, lora_a, lora_b, gate, kappa, scaling, ranks, variant, s) -> None:
+def _as(grad: Tensor | None, of: Tensor) -> Tensor | None:
+    """The gradient in the dtype of what it differentiates."""
+    return None if grad is None else grad if grad.dtype == of.dtype else grad.to(of.dtype)
+
+
+def _save(
+    ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+    kappa: float | Tensor, scaling: float, ranks: Ranks, variant: str, s: Tensor | None,
+) -> None:  # fmt: skip
     ctx.set_materialize_grads(False)
     kappa_tensor = kappa if isinstance(kappa, Tensor) else None
     ctx.save_for_backward(x, s, weight, lora_a, lora_b, gate, kappa_tensor)
@@ -111,28 +122,31 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return *tensors, ctx.kappa if kappa is None else kappa
 
 
-def _needs(ctx: Any) -> tuple[bool, ...]:
+def _needs(ctx: Any) -> Needs:
     """Which of x, lora_a, lora_b and gate need a gradient; never a silent zero for the frozen ones."""
-    need_x, need_weight, need_bias, *adapter = ctx.needs_input_grad[:6]
+    need_x, need_weight, need_bias, need_a, need_b, need_gate = ctx.needs_input_grad[:6]
     if need_weight or need_bias:
         raise RuntimeError(
             f"{'weight' if need_weight else 'bias'} requires a gradient; weight and bias of rank_lora_linear are frozen "
             "and get none. Call requires_grad_(False) on them, or compute with fastlora.reference.rank_lora_linear."
         )
-    return need_x, *adapter
+    return need_x, need_a, need_b, need_gate
 
 
 class _Eager(torch.autograd.Function):
     """x [M, K] -> y [M, N]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant, recompute):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+        kappa: float | Tensor, scaling: float, ranks: Ranks, variant: str, recompute: bool,
+    ) -> Tensor:  # fmt: skip
         y, s = _forward(False, x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant)
         _save(ctx, x, weight, lora_a, lora_b, gate, kappa, scaling, ranks, variant, None if recompute else s)
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 11
         grads = _backward(False, dy, _saved(ctx), ctx.scaling, ctx.ranks, ctx.variant, _needs(ctx))
@@ -143,12 +157,15 @@ class _Compiled(torch.autograd.Function):
     """x [M, K] -> y [M, N], s [M, R]; s is returned only so that it can be saved, and is empty where it is not."""
 
     @staticmethod
-    def forward(x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant, recompute):
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+        kappa: float | Tensor, scaling: float, ranks: Ranks, variant: str, recompute: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         y, s = _forward(True, x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant)
         return y, (x.new_empty(0) if recompute or s is None else s)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant, recompute = inputs
         s = output[1]
         ctx.mark_non_differentiable(s)
@@ -156,7 +173,7 @@ class _Compiled(torch.autograd.Function):
         _save(ctx, x, weight, lora_a, lora_b, gate, kappa, scaling, ranks, variant, keep_s)
 
     @staticmethod
-    def backward(ctx, dy, _ds):
+    def backward(ctx: Any, dy: Tensor | None, _ds: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 11
         grads = _backward(True, dy, _saved(ctx), ctx.scaling, ctx.ranks, ctx.variant, _needs(ctx))
@@ -167,13 +184,16 @@ class _Transformed(_Compiled):
     """With vmap and forward-mode AD."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _Compiled.setup_context(ctx, inputs, output)
         x, weight, _bias, lora_a, lora_b, gate, kappa, *_ = inputs
         ctx.save_for_forward(x, weight, lora_a, lora_b, gate, kappa if isinstance(kappa, Tensor) else None)
 
     @staticmethod
-    def jvp(ctx, x_t, weight_t, bias_t, lora_a_t, lora_b_t, gate_t, *_):
+    def jvp(
+        ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None,
+        lora_a_t: Tensor | None, lora_b_t: Tensor | None, gate_t: Tensor | None, *_: None,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         x, weight, lora_a, lora_b, gate, kappa = ctx.saved_tensors
         kappa = ctx.kappa if kappa is None else kappa
         primals = (x, lora_a, lora_b, gate)
@@ -187,11 +207,15 @@ class _Transformed(_Compiled):
         return y_t, None
 
     @staticmethod
-    def vmap(info, in_dims, x, weight, bias, lora_a, lora_b, gate, kappa, scaling, ranks, variant, recompute):
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...],
+        x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor,
+        kappa: float | Tensor, scaling: float, ranks: Ranks, variant: str, recompute: bool,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:  # fmt: skip
         operands = (x, weight, bias, lora_a, lora_b, gate, kappa)
         rest = (scaling, ranks, variant, recompute)
         x_dim, *other_dims = in_dims[: len(operands)]
-        if gate.dim() == 1 and all(dim is None for dim in other_dims):
+        if x_dim is not None and gate.dim() == 1 and all(dim is None for dim in other_dims):
             rows = x.movedim(x_dim, 0)
             y, s = _Transformed.apply(rows.flatten(0, 1), *operands[1:], *rest)
             y = y.unflatten(0, rows.shape[:2])
@@ -199,7 +223,10 @@ class _Transformed(_Compiled):
         # adapters or gates that differ: one call each
         results = []
         for index in range(info.batch_size):
-            own = (t if dim is None else t.select(dim, index) for t, dim in zip(operands, in_dims))
+            own = (
+                t.select(dim, index) if isinstance(t, Tensor) and dim is not None else t
+                for t, dim in zip(operands, in_dims)
+            )
             results.append(_Transformed.apply(*own, *rest))
         ys, ss = zip(*results)
         return (torch.stack(ys), torch.stack(ss)), (0, 0)

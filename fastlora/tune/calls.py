@@ -58,11 +58,12 @@ def calls_of(model: nn.Module, *example_inputs: Any) -> list[Call]:
     def packed(attention: _PackedAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         signature = inspect.signature(attention.forward)
         given = signature.bind(*args, **kwargs).arguments
-        x, *others = (given.get(name) for name in list(signature.parameters)[:3])
+        first, *rest = list(signature.parameters)[:3]
+        x, others = given[first], [given.get(name) for name in rest]
         if attention._packs() and all(other is None or other is x for other in others):
-            ranks = tuple(0 if a is None else a.gate.numel() for a in (attention.q, attention.k, attention.v))
+            q, k, v = (0 if a is None else a.gate.numel() for a in (attention.q, attention.k, attention.v))
             width = attention.embed_dim
-            found[Call(_rows(x), 3 * width, width, sum(ranks), _dtype(x), ranks)] = None
+            found[Call(_rows(x), 3 * width, width, q + k + v, _dtype(x), (q, k, v))] = None
 
     modes = {module: module.training for module in model.modules()}
     hooks = [

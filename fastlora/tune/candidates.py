@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def make_run(candidate: Candidate, role: str, o: Operands) -> Run:
         return (lambda: _library_fwd(o)) if role == "fwd" else (lambda: _library_dx(o))
     from fastlora import triton_kernels
 
-    options = {"ranks": o.ranks, "variant": candidate.variant, "tile": candidate.tile}
+    options: dict[str, Any] = {"ranks": o.ranks, "variant": candidate.variant, "tile": candidate.tile}
     adapter = (o.lora_a, o.lora_b, o.gate, o.kappa, 1.0)
     if role == "fwd":
         return lambda: triton_kernels.rank_lora_fwd(o.x, o.weight, o.bias, *adapter, **options)[0]
@@ -144,8 +144,9 @@ def _formula(role: str, o: Operands, dtype: torch.dtype) -> Tensor:
     for rows, own, up in o.parts():
         up = up.to(dtype)
         if role == "fwd":
-            operands = (x, weight[rows], bias[rows], lora_a[own], up)
+            y = reference.rank_lora_linear(x, weight[rows], bias[rows], lora_a[own], up, gate[own], KAPPA)
         else:  # the forward with weight -> weight.T, lora_a -> lora_b.T, lora_b -> lora_a.T
-            operands = (dy[:, rows], weight[rows].t(), None, up.t(), lora_a[own].t())
-        outputs.append(reference.rank_lora_linear(*operands, gate[own], KAPPA))
+            back = weight[rows].t(), None, up.t(), lora_a[own].t()
+            y = reference.rank_lora_linear(dy[:, rows], *back, gate[own], KAPPA)
+        outputs.append(y)
     return torch.cat(outputs, 1) if role == "fwd" else torch.stack(outputs).sum(0)

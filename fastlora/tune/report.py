@@ -82,12 +82,12 @@ class TuneReport:
 
 def _line(outcome: Outcome) -> str:
     key = outcome.key
-    timed = [trial for trial in outcome.trials if trial.time_us is not None]
-    library = next((trial.time_us for trial in timed if trial.candidate.variant == "library"), None)
+    timed = [(trial.time_us, trial.candidate) for trial in outcome.trials if trial.time_us is not None]
+    library = next((time_us for time_us, candidate in timed if candidate.variant == "library"), None)
     rank = f"{key.r}{'x3' * (key.parts == 3)}"
     cells = f"{key.role:<5}{key.m:>7}{key.n:>7}{key.k:>7}{rank:>6}  {key.dtype:<10}"
     times = f"{'-':>11}" if library is None else f"{library:>11.1f}"
     if outcome.entry is None:
         return f"{cells}{times}{'-':>10}  {outcome.reason}"
-    best = min(timed, key=lambda trial: trial.time_us)
-    return f"{cells}{times}{best.time_us:>10.1f}  {best.candidate}"
+    time_us, candidate = min(timed, key=lambda pair: pair[0])
+    return f"{cells}{times}{time_us:>10.1f}  {candidate}"

@@ -136,9 +136,10 @@ def _measure(
             times = timer(list(runs.values()))
         except Exception as error:  # whatever a driver or compiler raises; the report carries it
             return Outcome(key, tuple(trials), reason=_told(error))
-    for index, time_us in zip(runs, times):
+    timed = dict(zip(runs, times))
+    for index, time_us in timed.items():
         trials[index] = replace(trials[index], time_us=time_us)
-    best = min((trials[index] for index in runs), key=lambda trial: trial.time_us)
+    best = trials[min(timed, key=timed.__getitem__)]
     measured = f"measured on {key.device}, fastest of {len(runs)} candidates, {_circumstances(operands.x)}"
     tile = best.candidate.tile
     fields = None if tile is None else asdict(replace(tile, tuned_on=key.device))

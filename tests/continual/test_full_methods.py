@@ -292,7 +292,7 @@ def test_zscl_is_distillation_from_the_base_model_in_both_directions(texts, make
 
     def watch_draws(ctx, _):
         method = trainer.method
-        method.draws = {kind: noted(draws, drawn[kind]) for kind, draws in method.draws.items()}
+        method.drawn = {kind: noted(draws, drawn[kind]) for kind, draws in method.drawn.items()}
 
     def check(ctx, loss):
         method, images, texts_drawn = trainer.method, drawn["images"][-1], drawn["texts"][-1]

@@ -46,6 +46,13 @@ def test_half_precision_base_keeps_its_weights_and_a_float32_adapter(dtype):
     assert layer.lora_a.dtype == layer.lora_b.dtype == layer.gate.dtype == layer.gate.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_from_linear_makes_the_adapter_on_a_device_that_is_none_by_default(device):
+    layer = FusedRankLoRALinear.from_linear(nn.Linear(3, 2), rank=1, device=device)
+    assert layer.gate.device.type == layer._kappa.device.type == "cpu"
+    assert layer(torch.ones(1, 3)).shape == (1, 2)
+
+
 def test_forward_and_delta_weight_against_the_reference():
     layer = trained(kappa=0.3, scaling=0.5)
     x = torch.randn(7, 12)

@@ -90,6 +90,7 @@ def test_explain_of_a_call_names_variant_tile_and_what_was_not_measured():
         ((torch.nn.Linear(2, 2),), "a Linear has no gate, backend"),
         (("layer",), "a str was given; a layer or the operands"),
         ((torch.ones(2, 2), torch.ones(2, 2)), "2 operands were given; explain takes all six"),
+        ((torch.ones(2, 2), None, None, None, None, None), "weight or gate is None; only bias may be"),
     ],
 )
 def test_explain_refuses(arguments, message):

@@ -115,7 +115,7 @@ class DiskCache:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 for part in parts:
-                    file.write(part)
+                    file.write(part if isinstance(part, bytes) else part.data)
             os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
             fits = self._admit(temporary, path, os.path.getsize(temporary))
         finally:
@@ -232,13 +232,13 @@ def _read(file: FileIO, key: bytes) -> Tensor | None:
     if form != _FORMAT or own != key or rest != 3 * height * width:
         return None
     pixels = np.empty((3, height, width), np.uint8)
-    if file.readinto(pixels) != rest or _checksum(header, pixels) != checksum:
+    if file.readinto(pixels.data) != rest or _checksum(header, pixels) != checksum:
         return None
     return torch.from_numpy(pixels)
 
 
 def _checksum(header: bytes, pixels: np.ndarray) -> bytes:
-    return _CHECKSUM.pack(zlib.crc32(pixels, zlib.crc32(header)))
+    return _CHECKSUM.pack(zlib.crc32(pixels.data, zlib.crc32(header)))
 
 
 def _removed(path: Path) -> int:

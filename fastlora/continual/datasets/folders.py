@@ -56,11 +56,11 @@ def _two_sides(name: str, folder: Path) -> Split:
             if own
         ]
         raise DataError(f"task {name!r}: the classes of {folder} differ; {'; '.join(parts)}. Make them the same.")
-    sides = []
-    for side in SIDES:
-        images = images_by_class(folder / side, train)
-        sides.append(Images(tuple(f"{side}/{image}" for image in images.names), images.labels))
-    return Split(readable(train), folder, *sides)
+    own = [(side, images_by_class(folder / side, train)) for side in SIDES]
+    training, testing = (
+        Images(tuple(f"{side}/{name}" for name in images.names), images.labels) for side, images in own
+    )
+    return Split(readable(train), folder, training, testing)
 
 
 def _classes(name: str, folder: Path) -> list[str]:

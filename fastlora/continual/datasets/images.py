@@ -68,7 +68,7 @@ class _Opened(NamedTuple):
     content: bytes | None
 
 
-class LazyImages(Dataset):
+class LazyImages(Dataset[tuple[Tensor, int]]):
     """Images of one side of a split: RGB, cropped at random for training, resized and cut for tests.
 
     Decoded test images are kept while the memory has room and never given up: an evaluation reads them all in the same
@@ -115,8 +115,9 @@ class LazyImages(Dataset):
         """
         before, indices = ([int(index) for index in indices[rows]] for rows in (slice(part.start or 0), part))
         if self.training:
-            for height, width in self._decoder.map(self._size, before if generator else ()):
-                self._transforms.draw(height, width, generator)
+            if generator is not None:
+                for height, width in self._decoder.map(self._size, before):
+                    self._transforms.draw(height, width, generator)
             opened = self._decoder.map(self._opened, indices)
             boxes = [
                 self._transforms.draw(image.height, image.width, generator or fixed_generator(index))
@@ -159,6 +160,7 @@ class LazyImages(Dataset):
         """uint8 [3, H, W]: the box of a training image, or a test image; from disk where they were prepared before."""
         key, kept = b"", None
         if self._disk is not None:
+            assert opened.content is not None
             key = hashlib.sha256(f"{self._recipe}\n{box}\n".encode() + opened.content).digest()
             kept = self._disk.get(key)
         if kept is None:

@@ -71,7 +71,7 @@ class Found:
             DataError: the reference data are missing or damaged.
         """
         data = self.config.data
-        folder, captions = (path and Path(path) for path in (data.reference, data.captions))
+        folder, captions = (Path(path) if path else None for path in (data.reference, data.captions))
         reference = reference_data(folder, captions, transforms, self.decoder, data.verify or "headers")
         tasks = [_task(part, transforms, self.decoder) for part in self.parts]
         return TaskStream(self.config.benchmark, tasks, reference=reference)
@@ -86,7 +86,7 @@ def find_images(config: RunConfig) -> Found:
         UsageError: data.cache_dir is neither a cache nor can it become one.
     """
     data = config.data
-    disk = DiskCache(Path(data.cache_dir), int(data.cache_dir_gb * 1e9)) if data.cache_dir else None
+    disk = DiskCache(Path(data.cache_dir), int((data.cache_dir_gb or 0) * 1e9)) if data.cache_dir else None
     decoder = Decoder(data.workers, int((data.cache_gb or 0) * 1e9), disk, bool(data.cache_crops))
     parts = [_shots(part, config) for part in _parts(config)]
     files = (
@@ -100,32 +100,37 @@ def find_images(config: RunConfig) -> Found:
     return Found(config, parts, decoder)
 
 
+def _root(config: RunConfig) -> Path:
+    assert config.data.root is not None  # check_options saw to it
+    return Path(config.data.root)
+
+
 def _mtil(config: RunConfig, name: str) -> Part:
     source = SOURCES[name]
-    split = source.read(*source.find(Path(config.data.root), source.files))
+    split = source.read(*source.find(_root(config), source.files))
     check_split(name, split, source.classes)
     return Part(name, split, prompts.MTIL[name])
 
 
 def _xtail(config: RunConfig, name: str) -> Part:
     source = SOURCES[name]
-    split = coop_split(source, Path(config.data.root))
+    split = coop_split(source, _root(config))
     check_split(name, split, source.coop_classes or source.classes)
     return Part(name, split, prompts.SINGLE if config.data.prompts == "single" else prompts.XTAIL[name])
 
 
 def _folder(config: RunConfig, given: str | dict[str, Any]) -> Part:
     task = FolderTask.of(given)
-    name, split = folder_split(task, Path(config.data.root), config.data.split)
+    name, split = folder_split(task, _root(config), config.data.split)
     check_split(name, split)
-    return Part(name, split, task.templates or tuple(config.data.templates))
+    return Part(name, split, task.templates or tuple(config.data.templates or ()))
 
 
 # benchmark -> (what its tasks are made of, what makes a part of one)
 _PROTOCOLS: dict[str, tuple[Callable[[RunConfig], Sequence[Any]], Callable[[RunConfig, Any], Part]]] = {
-    "mtil": (lambda config: MTIL_ORDERS[config.data.order], _mtil),
+    "mtil": (lambda config: MTIL_ORDERS[config.data.order or "I"], _mtil),
     "xtail": (lambda config: XTAIL_ORDER, _xtail),
-    "folders": (lambda config: config.data.tasks, _folder),
+    "folders": (lambda config: config.data.tasks or (), _folder),
 }
 
 

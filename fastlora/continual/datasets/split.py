@@ -38,8 +38,8 @@ class Images:
 
     def take(self, indices: Sequence[int]) -> Images:
         """Those at `indices`, in that order."""
-        names, labels = ([part[i] for i in indices] for part in (self.names, self.labels))
-        return Images(tuple(names), tuple(labels), None if self.pixels is None else self.pixels[list(indices)])
+        names, labels = tuple(self.names[i] for i in indices), tuple(self.labels[i] for i in indices)
+        return Images(names, labels, None if self.pixels is None else self.pixels[list(indices)])
 
 
 @dataclass(frozen=True)

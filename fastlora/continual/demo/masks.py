@@ -96,7 +96,7 @@ def shape_mask(
 
 
 @functools.lru_cache(maxsize=64)
-def _font(points: int) -> ImageFont.FreeTypeFont:
+def _font(points: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(points)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -19,7 +19,7 @@ from fastlora.continual.demo.world import SIZE
 WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
 MEAN, STD = 0.5, 0.25
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 128, "head_width": 32, "layers": 4},
     "text_cfg": {

@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -30,7 +31,7 @@ from fastlora.continual.demo.captions import caption
 from fastlora.continual.demo.model import build_model, load_weights, normalise
 from fastlora.continual.demo.tokenizer import WordTokenizer
 from fastlora.continual.demo.world import render, sample_scene
-from fastlora.continual.stream import Task
+from fastlora.continual.stream import InMemoryImages, Task
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -120,14 +121,16 @@ def train(config: PretrainConfig, echo_every: int = 100) -> tuple[torch.nn.Modul
 
 
 @torch.no_grad()
-def zero_shot(model: torch.nn.Module, tokenizer: WordTokenizer, task: Task) -> float:
+def zero_shot(model: Any, tokenizer: WordTokenizer, task: Task) -> float:
     """Accuracy in percent on the test set over the task's classes; class features are the mean over all templates."""
+    images = task.test
+    assert isinstance(images, InMemoryImages)
     heads = []
     for template in task.templates:
         heads.append(model.encode_text(tokenizer([template.format(name) for name in task.classes]), normalize=True))
     classes = F.normalize(torch.stack(heads).mean(dim=0), dim=-1)
-    predicted = (model.encode_image(task.test.images, normalize=True) @ classes.T).argmax(dim=1)
-    return 100.0 * (predicted == task.test.labels).float().mean().item()
+    predicted = (model.encode_image(images.images, normalize=True) @ classes.T).argmax(dim=1)
+    return 100.0 * (predicted == images.labels).float().mean().item()
 
 
 def _versions() -> dict[str, str]:
@@ -137,7 +140,7 @@ def _versions() -> dict[str, str]:
 
 def write(
     model: torch.nn.Module, rows: list[tuple[int, float, float]], config: PretrainConfig, seconds: float, out: Path
-) -> dict:
+) -> dict[str, Any]:
     """Store weights, log and metadata in `out`; returns the metadata."""
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "tiny_clip.safetensors"
@@ -148,6 +151,7 @@ def write(
         writer.writerows((step, f"{loss:.4f}", f"{lr:.3e}") for step, loss, lr in rows)
     load_weights(model, weights)  # what is measured is what is stored
     tokenizer, stream = WordTokenizer(), tasks.demo_stream()
+    assert stream.held_out is not None
     metadata = {
         **dataclasses.asdict(config),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

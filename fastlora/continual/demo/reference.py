@@ -22,7 +22,7 @@ IMAGES = 512
 TEXTS = 512
 
 
-class Rendered(Dataset):
+class Rendered(Dataset[tuple[torch.Tensor, int]]):
     """Pictures of scenes, all rendered at the first access; the label of each is 0.
 
     Args:

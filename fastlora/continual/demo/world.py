@@ -111,15 +111,20 @@ def _signed(rng: np.random.Generator, limits: tuple[float, float]) -> float:
     return float(rng.uniform(*limits) * rng.choice((-1.0, 1.0)))
 
 
+def _position(scene: Scene) -> np.ndarray:
+    assert scene.position is not None  # there is one object
+    return np.array(POSITIONS[scene.position])
+
+
 def _mask(scene: Scene, look: Look, rng: np.random.Generator) -> np.ndarray:
     if scene.kind == "swatch":
         return np.ones((SIZE, SIZE), np.float32)
     if scene.kind != "shape":
-        centre = np.array(POSITIONS[scene.position]) + rng.uniform(-1.0, 1.0, 2)
+        centre = _position(scene) + rng.uniform(-1.0, 1.0, 2)
         matrix = masks.affine(_signed(rng, look.turn), _signed(rng, look.slant))
         return masks.glyph_mask(scene.name, tuple(centre), rng.uniform(17, 24), matrix, int(rng.integers(3)))
     if scene.count == 1:
-        centres = np.array(POSITIONS[scene.position])[None] + rng.uniform(-1.0, 1.0, (1, 2))
+        centres = _position(scene)[None] + rng.uniform(-1.0, 1.0, (1, 2))
         radius = rng.uniform(6.5, 12.0 if scene.position == "center" else 9.5)
         matrices = [masks.affine(_signed(rng, look.turn))]
     else:

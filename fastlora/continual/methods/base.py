@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import fastlora
 from fastlora.adapt import RankReport
@@ -17,7 +16,7 @@ from fastlora.continual.batches import generator_for
 from fastlora.continual.config import MethodConfig
 from fastlora.continual.configs.base import AdapterConfig
 from fastlora.continual.distributed import ALONE, World
-from fastlora.continual.stream import Reference, Task, TaskStream
+from fastlora.continual.stream import MapStyle, Reference, Task, TaskStream
 from fastlora.journal import Journal
 from fastlora.optim import ProxAdamW
 
@@ -56,7 +55,7 @@ class TaskContext:
     optimizer: Any = None
     step: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[Task, ...] = ()
-    train: Dataset | None = None
+    train: MapStyle | None = None
     reference: Reference | None = None
     tokenizer: Any = None
     device: torch.device = torch.device("cpu")
@@ -84,12 +83,11 @@ class Method:
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     trains: ClassVar[bool] = False
     joint: ClassVar[bool] = False
-    journaled: ClassVar[bool] = True
+    journaled: bool = True
     beside_weights: ClassVar[bool] = False
     adapters_alone: bool = True
     per_dataset: ClassVar[bool] = False
     selects: ClassVar[bool] = False
-    draws: str = ""
 
     def __init__(self, config: Any, *, backend: str = "auto") -> None:
         if not isinstance(config, self.config_class):
@@ -99,6 +97,10 @@ class Method:
             )
         self.config: Any = config
         self.backend = backend
+
+    @property
+    def draws(self) -> str:
+        return ""
 
     def check(self, stream: TaskStream) -> None:
         """Raises ValueError where the stream lacks what the method needs; called before anything is computed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora.continual.batches import generator_for, in_turn
 from fastlora.continual.configs.base import AdapterConfig, MethodConfig
 from fastlora.continual.device import to_device
-from fastlora.continual.features import image_features, text_features
+from fastlora.continual.features import image_features, logit_scale, text_features
 from fastlora.continual.losses import distillation_loss
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.weights import put_back
@@ -69,7 +69,7 @@ class Distillation:
             student_images = teacher_images
             if where != "text":
                 student_images = image_features(ctx.model, next(self.pixels))
-        scale = ctx.model.logit_scale.detach().exp()
+        scale = logit_scale(ctx.model)
         teacher, student = scale * teacher_images @ teacher_texts.t(), scale * student_images @ student_texts.t()
         return config.distillation * both_ways(teacher, student, config.temperature)
 
@@ -121,7 +121,7 @@ def both_ways(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     return distillation_loss(teacher, student, temperature) + distillation_loss(teacher.t(), student.t(), temperature)
 
 
-def distils(config: MethodConfig) -> bool:
+def distils(config: MethodConfig) -> TypeGuard[AdapterConfig]:
     """Whether a method that is not made of distillation was asked for it."""
     return isinstance(config, AdapterConfig) and config.distillation > 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +71,7 @@ class ExpertPool(Method):
         names = fastlora.inject(model, 1, targets=config.targets, where=config.where).names
         fastlora.remove(model)
         for name in names:
-            plain = model.get_submodule(name)
+            plain = cast(nn.Linear, model.get_submodule(name))
             experts = self.pool[name] = Experts(plain, config.active, config.per)
             if self._state:
                 experts.keep(*(self._state[f"{name}.{key}"] for key in _KEYS))
@@ -97,7 +99,7 @@ class ExpertPool(Method):
         for name, experts in list(self.pool.items()):
             experts.shrink()
             if not len(experts.all()[0]):  # in the first task there was no pool before
-                model.set_submodule(name, model.get_submodule(name).to_linear())
+                model.set_submodule(name, cast(PooledLinear, model.get_submodule(name)).to_linear())
                 del self.pool[name]
 
     def state_dict(self) -> dict[str, Tensor]:

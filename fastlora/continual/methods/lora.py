@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
+from fastlora.continual.configs.base import AdapterConfig
 from fastlora.continual.configs.gated import LoRAConfig
 from fastlora.continual.methods.base import AdapterMethod
 from fastlora.continual.methods.components import freeze_gates
@@ -16,7 +19,7 @@ class LoRA(AdapterMethod):
     scaling alpha / r is 1.
     """
 
-    config_class = LoRAConfig
+    config_class: ClassVar[type[AdapterConfig]] = LoRAConfig
     gate_init = "ones"
 
     def choose_trainable(self, model: nn.Module) -> None:

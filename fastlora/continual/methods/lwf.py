@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.continual.configs.full import LwFConfig
-from fastlora.continual.features import image_features, text_features
+from fastlora.continual.features import image_features, logit_scale, text_features
 from fastlora.continual.losses import distillation_loss
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.full import FullFineTuning
@@ -44,7 +44,7 @@ class LwF(FullFineTuning):
         self.teacher_texts = text_features(self.teacher, self.old_prompts)
 
     def extra_loss(self, ctx: TaskContext) -> Tensor | None:
-        if self.teacher is None:
+        if self.old_prompts is None or self.teacher_texts is None:
             return None
         student_texts = self.teacher_texts
         if self.config.text_features == "student":
@@ -52,7 +52,7 @@ class LwF(FullFineTuning):
         with torch.no_grad():
             own = image_features(self.teacher, ctx.step["images"])
             features = ctx.world.gather(own, len(ctx.step["labels"]))
-        scale = ctx.model.logit_scale.detach().exp()
+        scale = logit_scale(ctx.model)
         teacher = scale * features @ self.teacher_texts.t()  # [B, C]
         student = scale * ctx.step["image_features"] @ student_texts.t()
         return self.config.distillation * distillation_loss(teacher, student, self.config.temperature)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class PathCredit(SelectingLoRA):
     def _add_credits(self, ctx: TaskContext) -> None:
         directions = _directions(ctx)
         products = torch._foreach_sub(directions, self._before)
-        torch._foreach_mul_(products, [parameter.grad for parameter in directions])
+        grads = cast(list[Tensor], [parameter.grad for parameter in directions])  # just after a backward pass
+        torch._foreach_mul_(products, grads)
         for credit, lora_a, lora_b in zip(self._credits, products[::2], products[1::2]):
             credit.sub_(lora_a.sum(1)).sub_(lora_b.sum(0))
 

@@ -13,7 +13,7 @@ from fastlora.base_weights import host_of
 from fastlora.continual.batches import batches
 from fastlora.continual.configs.subspaces import PEARLConfig
 from fastlora.continual.device import to_device
-from fastlora.continual.features import image_features, text_features
+from fastlora.continual.features import image_features, logit_scale, text_features
 from fastlora.continual.losses import contrastive_loss
 from fastlora.continual.low_rank import smallest_rank
 from fastlora.continual.methods.base import TaskContext
@@ -72,13 +72,14 @@ class PEARL(LoRA):
 
     def _fine_tune(self, ctx: TaskContext, weights: list[nn.Parameter]) -> None:
         model, config = ctx.model, self.config
+        assert ctx.train is not None
         optimizer = torch.optim.SGD(weights, lr=config.reference_lr)
         tokens = prompts(ctx.task, model, ctx.tokenizer).to(ctx.device)
-        logit_scale = model.logit_scale.detach().exp()
+        scale = logit_scale(model)
         steps = zip(range(config.reference_iterations), batches(ctx.train, config.batch_size, ctx.seed, ctx.number))
         for _, (images, labels) in steps:
             features = image_features(model, to_device(images, ctx.device)), text_features(model, tokens)
-            loss = contrastive_loss(*features, to_device(labels, ctx.device), logit_scale, ctx.seen_classes)
+            loss = contrastive_loss(*features, to_device(labels, ctx.device), scale, ctx.seen_classes)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)

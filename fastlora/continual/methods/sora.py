@@ -44,5 +44,5 @@ class SoRA(GatedMethod):
     def extra_loss(self, ctx: TaskContext) -> Tensor | None:
         if self.config.penalty == 0:
             return None
-        gates = [adapter.gate for _, adapter in fastlora.adapters(ctx.model)]
+        gates: list[Tensor] = [adapter.gate for _, adapter in fastlora.adapters(ctx.model)]
         return self.config.penalty * torch.cat(gates).abs().sum() / (len(gates) * self.config.rank)

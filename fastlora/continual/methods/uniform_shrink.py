@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from fastlora.continual.configs.base import AdapterConfig
 from fastlora.continual.configs.rules import UniformShrinkConfig
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.components import shrink_threshold, shrink_uniformly_
@@ -24,7 +27,7 @@ class UniformShrink(ShrinkingLoRA):
     module loses about as much, and nothing is selected. No paper: a control.
     """
 
-    config_class = UniformShrinkConfig
+    config_class: ClassVar[type[AdapterConfig]] = UniformShrinkConfig
 
     def after_step(self, ctx: TaskContext) -> None:
         kappa = self.threshold(ctx)

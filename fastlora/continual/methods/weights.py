@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 
 
-def trainable(model: nn.Module, where: str, which: str) -> dict[str, nn.Parameter]:
+def trainable(model: Any, where: str, which: str) -> dict[str, nn.Parameter]:
     """Parameters of the tower(s) by name; the temperature and the bias of the logits never are among them.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora.continual.configs.full import ZSCLConfig
-from fastlora.continual.features import image_features, text_features
+from fastlora.continual.features import image_features, logit_scale, text_features
 from fastlora.continual.methods.base import TaskContext
 from fastlora.continual.methods.distillation import ReferenceData, both_ways, check_reference
 from fastlora.continual.methods.full import FullFineTuning
@@ -43,7 +43,7 @@ class ZSCL(FullFineTuning):
         self.features: dict[str, Tensor] = {}  # the base model's, of images and texts [n, D]
         self.mean: dict[str, Tensor] = {}
         self.averaged = 0
-        self.draws: dict[str, Iterator[Tensor]] = {}
+        self.drawn: dict[str, Iterator[Tensor]] = {}  # indices of a batch
         self.pixels: Iterator[Tensor] = iter(())
 
     def check(self, stream: TaskStream) -> None:
@@ -55,20 +55,21 @@ class ZSCL(FullFineTuning):
             self.reference = ReferenceData(ctx, self.config.references)
             with other_weights(ctx.model, ctx.base) as base:
                 self.features = self.reference.features(base)
-        self.draws = self.reference.draws(self.config.batch_size, ctx)
+        self.drawn = self.reference.draws(self.config.batch_size, ctx)
         self.pixels = self.reference.pixels(self.config.batch_size, ctx)
         self.mean, self.averaged = {name: p.detach().clone() for name, p in self.trained.items()}, 1
 
     def extra_loss(self, ctx: TaskContext) -> Tensor:
         config, reference = self.config, self.reference
-        images, texts = next(self.draws["images"]), next(self.draws["texts"])
+        assert reference is not None
+        images, texts = next(self.drawn["images"]), next(self.drawn["texts"])
         teacher_images = self.features["images"][images.to(ctx.device)]
         teacher_texts = self.features["texts"][texts.to(ctx.device)]
         student_images = image_features(ctx.model, next(self.pixels))
         student_texts = teacher_texts
         if config.text_features == "student":
             student_texts = text_features(ctx.model, reference.tokens[texts.to(ctx.device)])
-        scale = ctx.model.logit_scale.detach().exp()
+        scale = logit_scale(ctx.model)
         teacher = scale * teacher_images @ teacher_texts.t()  # [images, texts]
         student = scale * student_images @ student_texts.t()
         loss = config.distillation * both_ways(teacher, student, config.temperature)
@@ -94,4 +95,4 @@ class ZSCL(FullFineTuning):
 
     def _forget_task(self, model: Any) -> None:
         super()._forget_task(model)
-        self.mean, self.averaged, self.draws, self.pixels = {}, 0, {}, iter(())
+        self.mean, self.averaged, self.drawn, self.pixels = {}, 0, {}, iter(())
