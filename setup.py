@@ -12,6 +12,7 @@ Switches, read from the environment of the build:
                          that the nvcc at hand knows)
 
 What was built, and why, is written to fastlora/_build_info.json; `fastlora.build_info()` and `fastlora doctor` read it.
+A wheel takes it along, so no path of this machine stands in it; the output of the build has them.
 """
 
 from __future__ import annotations
@@ -139,13 +140,23 @@ def compile_extension(target: Path, version: str, cuda: list[str], toolkit: str 
     return release
 
 
+def without_folders(text: str) -> str:
+    """The text with every absolute path cut down to its last name."""
+    return re.sub(r"(?<![\w.~])(?:/[^\s/:;,'\"()]+)+/(?=[^\s/])", "", text)
+
+
+def system() -> str:
+    """System, processor and C library, which decide where a build runs; of the kernel it says nothing."""
+    return " ".join(filter(None, [platform.system(), platform.machine(), *platform.libc_ver()]))
+
+
 def build(target: Path, version: str) -> dict[str, object]:
     """Build the extension as the switches say; returns what _build_info.json tells."""
     wanted, cuda = switch("FASTLORA_BUILD_EXT"), switch("FASTLORA_CUDA")
     info: dict[str, object] = {
         "version": version,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": system(),
         "extension": False,
         "extension_reason": "",
         "cuda": False,
@@ -159,7 +170,7 @@ def build(target: Path, version: str) -> dict[str, object]:
     except CompileError as error:
         if wanted == "on" or cuda == "on":
             raise
-        return {**info, "extension_reason": str(error)}
+        return {**info, "extension_reason": without_folders(str(error))}
 
 
 def build_wanted(target: Path, version: str, cuda: str) -> dict[str, object]:
@@ -178,7 +189,7 @@ def build_wanted(target: Path, version: str, cuda: str) -> dict[str, object]:
                 "extension": True,
                 "extension_reason": f"built with CMake {cmake}",
                 "cuda": True,
-                "cuda_reason": f"nvcc {release} at {nvcc}",
+                "cuda_reason": f"nvcc {release}",
                 "cuda_archs": archs,
             }
         except CompileError as error:
@@ -186,6 +197,7 @@ def build_wanted(target: Path, version: str, cuda: str) -> dict[str, object]:
                 raise
             why = f"nvcc at {nvcc} did not work: {error}"
             print(f"fastlora: {why}. Building without CUDA.", file=sys.stderr, flush=True)
+            why = without_folders(why)
     cmake = compile_extension(target, version, ["-DFASTLORA_CUDA=OFF"])
     return {"extension": True, "extension_reason": f"built with CMake {cmake}", "cuda_reason": why}
 
