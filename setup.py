@@ -46,6 +46,16 @@ PACKAGES = [
     "fastlora.tune",
 ]
 CUDA_ARCHS = ("80", "90", "100", "120")
+# What CMake says -> what to do about it; with anything else its own first lines that say error are passed on.
+KNOWN = {
+    "No CMAKE_CXX_COMPILER could be found": "no C++ compiler was found. Install one (apt install g++, dnf install gcc-c++, "
+    "conda install cxx-compiler), or name it: CXX=/path/to/g++",
+    "environment variable CXX:": "CXX names a compiler that is not there: {CXX!r}. Set it to one that is, or unset it",
+    "does not compile C++17": "the C++ compiler does not compile C++17. Install a newer one, or name one: CXX=/path/to/g++",
+    "CMAKE_MAKE_PROGRAM is not set": "neither ninja nor make was found; pip install ninja",
+    "Development.Module": "the headers of Python {python} are missing. Install them (apt install python{python}-dev, "
+    "dnf install python{python}-devel), or use a Python that has them",
+}
 
 
 def switch(name: str) -> str:
@@ -77,7 +87,7 @@ def nvcc_facts(nvcc: str) -> tuple[str, str]:
 
 
 def run(command: list[str]) -> str:
-    """Run, echo the output, and turn a failure into a CompileError that carries the first line that says error."""
+    """Run, echo the output, and turn a failure into a CompileError that says what to do, or what went wrong first."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
@@ -86,12 +96,24 @@ def run(command: list[str]) -> str:
         raise CompileError(f"{command[0]} could not be started: {error}") from error
     print(done.stdout, flush=True)
     if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(len(lines) - 1, 0))
         raise CompileError(
-            f"`{Path(command[0]).name}` exited with {done.returncode}: {' '.join(lines[first : first + 3])}"
+            cause(done.stdout) or f"`{Path(command[0]).name}` exited with {done.returncode}: {first_error(done.stdout)}"
         )
     return done.stdout
+
+
+def cause(output: str) -> str:
+    """What to do about a failure that is known, or ""."""
+    facts = {"CXX": os.environ.get("CXX", ""), "python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
+    return next((meaning.format(**facts) for said, meaning in KNOWN.items() if said in output), "")
+
+
+def first_error(output: str) -> str:
+    """The first line that says error, or the last of all, and the two behind it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), len(lines) - 1)
+    told = " ".join(lines[max(first, 0) : first + 3])
+    return re.sub(r"^CMake Error at \S+ \(message\): ", "", told)
 
 
 def tool(name: str) -> str | None:
@@ -119,7 +141,8 @@ def compile_extension(target: Path, version: str, cuda: list[str], toolkit: str 
     if cmake is None:
         raise CompileError("cmake is missing; pip install 'cmake>=3.26' ninja, or build in isolation")
     release = run([cmake, "--version"]).split()[2]
-    decisive = [release, sys.version, sys.executable, str(bool(ninja)), toolkit, *cuda]
+    compilers = [os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS")]
+    decisive = [release, sys.version, sys.executable, str(bool(ninja)), toolkit, *compilers, *cuda]
     folder = ROOT / "build" / f"cmake-{hashlib.sha256(repr(decisive).encode()).hexdigest()[:12]}"
     generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     arguments = [
@@ -130,7 +153,11 @@ def compile_extension(target: Path, version: str, cuda: list[str], toolkit: str 
         f"-DFASTLORA_VERSION={version}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
     ]
-    run([cmake, "-S", str(ROOT), "-B", str(folder), *generator, *arguments, *cuda])
+    try:
+        run([cmake, "-S", str(ROOT), "-B", str(folder), *generator, *arguments, *cuda])
+    except CompileError:
+        shutil.rmtree(folder, ignore_errors=True)  # its cache would keep what it found missing
+        raise
     run([cmake, "--build", str(folder), "--config", "Release"])
     if not target.is_file():
         # RuntimeError: setuptools lets a CompileError of an optional extension pass, and this one must not.
@@ -193,10 +220,10 @@ def build_wanted(target: Path, version: str, cuda: str) -> dict[str, object]:
                 "cuda_archs": archs,
             }
         except CompileError as error:
+            why = f"the build with {nvcc} failed: {error}"
             if cuda == "on":
-                raise
-            why = f"nvcc at {nvcc} did not work: {error}"
-            print(f"fastlora: {why}. Building without CUDA.", file=sys.stderr, flush=True)
+                raise CompileError(f"FASTLORA_CUDA=on, but {why}. Mend that, or set FASTLORA_CUDA=off") from error
+            print(f"fastlora: {why}. Trying without CUDA.", file=sys.stderr, flush=True)
             why = without_folders(why)
     cmake = compile_extension(target, version, ["-DFASTLORA_CUDA=OFF"])
     return {"extension": True, "extension_reason": f"built with CMake {cmake}", "cuda_reason": why}

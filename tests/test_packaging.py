@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -23,19 +22,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from builds import FAILING_NVCC, ROOT, SUFFIX, copy_of_the_tree, needs_tools, planted, run
 
 import fastlora
 from fastlora.build import build_info
 
 if sys.version_info >= (3, 11):
     import tomllib
-
-ROOT = Path(__file__).resolve().parent.parent
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-needed = [name for name in ("setuptools", "pybind11", "cmake", "ninja") if find_spec(name) is None]
-needs_tools = pytest.mark.skipif(
-    bool(needed), reason=f"not installed: {', '.join(needed)}; pip install 'fastlora[dev]'"
-)
 
 PROBE = """
 import json, os, sys
@@ -51,21 +44,6 @@ print(json.dumps({
 """
 
 
-def run(command, cwd, **environment):
-    """Run with a clean path; the output is in the assertion when it fails."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("FASTLORA_", "PYTHON"))}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done
-
-
 def python_sources(package, folder):
     """Names inside a wheel of all Python files below a source folder."""
     return {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
@@ -75,20 +53,11 @@ def python_sources(package, folder):
 def sdist(tmp_path_factory):
     """Built from a copy of the tree, so that no earlier build lends it files and this one leaves none."""
     folder = tmp_path_factory.mktemp("sdist")
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "tests", "bench", "__pycache__", "*.so")
-    shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    copy_of_the_tree(folder / "tree")
     backend = "from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     run([sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {backend}", folder], folder / "tree")
     (archive,) = folder.glob("*.tar.gz")
     return archive
-
-
-def plant_nvcc(folder):
-    """An nvcc that only fails."""
-    fake = folder / "nvcc"
-    fake.write_text("#!/bin/sh\necho 'nvcc: error: planted' >&2\nexit 1\n")
-    fake.chmod(0o755)
-    return str(fake)
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +66,7 @@ def wheel(sdist, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", sdist, "-w", folder]
     command += ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
-    run(command, folder, FASTLORA_BUILD_EXT="on", CUDACXX=plant_nvcc(folder))
+    run(command, folder, FASTLORA_BUILD_EXT="on", CUDACXX=planted(folder, "nvcc", FAILING_NVCC))
     (archive,) = folder.glob("*.whl")
     return archive
 
@@ -168,7 +137,7 @@ def test_wheel_records_what_was_built(wheel):
     record = json.loads(read(wheel, "_build_info.json"))
     assert record["extension"] is True and "CMake" in record["extension_reason"]
     assert (record["cuda"], record["cuda_archs"]) == (False, "")
-    assert "did not work" in record["cuda_reason"] and "nvcc: error: planted" in record["cuda_reason"]
+    assert record["cuda_reason"] == "the build with nvcc failed: `nvcc` exited with 1: nvcc: error: planted"
     assert record["version"] == fastlora.__version__
 
 
@@ -218,59 +187,6 @@ def test_tests_have_the_tools_that_the_build_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert set(project["build-system"]["requires"]) <= set(project["project"]["optional-dependencies"]["dev"])
     assert not [name for name in project["build-system"]["requires"] if name.startswith("torch")]
-
-
-# ---- what a build says when it cannot be as wanted
-
-
-@pytest.fixture
-def build_folder(tmp_path):
-    ignored = shutil.ignore_patterns(
-        ".*", "build", "dist", "runs", "tests", "bench", "__pycache__", "*.so", "_build_info.json"
-    )
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
-    return tmp_path / "tree"
-
-
-def build_ext(folder, **environment):
-    """setup.py build_ext in this folder; the finished process and the record, where one was written."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("FASTLORA_", "PYTHON"))}
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
-    done = subprocess.run(
-        command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True, check=False
-    )
-    record = folder / "out" / "fastlora" / "_build_info.json"
-    return done, json.loads(record.read_text()) if record.exists() else None
-
-
-@needs_tools
-def test_failed_build_is_told_and_passes_unless_asked_for(build_folder):
-    (build_folder / "CMakeLists.txt").write_text('message(FATAL_ERROR "planted")\n')
-    done, record = build_ext(build_folder, FASTLORA_CUDA="off")
-    assert done.returncode == 0 and "WITHOUT its extension" in done.stderr
-    assert record["extension"] is False and "planted" in record["extension_reason"]
-    done, _ = build_ext(build_folder, FASTLORA_CUDA="off", FASTLORA_BUILD_EXT="on")
-    assert done.returncode != 0 and "planted" in done.stderr
-
-
-@needs_tools
-def test_cuda_asked_for_by_name_is_built_or_an_error(build_folder):
-    done, record = build_ext(build_folder, CUDACXX=plant_nvcc(build_folder), FASTLORA_CUDA="on")
-    assert done.returncode != 0 and "nvcc: error: planted" in done.stderr and record is None
-
-
-def test_build_without_the_extension_packs_no_older_one(build_folder):
-    older = build_folder / "out" / "fastlora" / f"_C{SUFFIX}"
-    older.parent.mkdir(parents=True)
-    older.write_bytes(b"an earlier build")
-    done, record = build_ext(build_folder, FASTLORA_BUILD_EXT="off")
-    assert done.returncode == 0 and not older.exists()
-    assert (record["extension"], record["extension_reason"]) == (False, "FASTLORA_BUILD_EXT=off")
-
-
-def test_unknown_switch_is_refused(build_folder):
-    done, _ = build_ext(build_folder, FASTLORA_CUDA="yes")
-    assert done.returncode != 0 and "FASTLORA_CUDA is 'yes'; it must be auto, on or off" in done.stderr
 
 
 # ---- CUDA code
