@@ -89,3 +89,8 @@ def test_every_pair_of_the_noxfile_was_tested():
     assert tested == pairs and len(pairs) >= 4
     for each in RESULT["rows"]:
         assert each["failed"] == 0 and each["passed"] > 500, each["failures"]
+
+
+def test_the_selection_names_what_is_there():
+    selected = re.findall(r'"(tests/[^"]+)"', (versions.ROOT / "noxfile.py").read_text())
+    assert len(selected) > 10 and all((versions.ROOT / path).exists() for path in selected)

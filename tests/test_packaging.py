@@ -57,9 +57,12 @@ def python_sources(package, folder):
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory):
-    """Built from a copy of the tree, so that no earlier build lends it files and this one leaves none."""
+    """Built from a copy of the tree with planted strays, so that this build leaves none here."""
     folder = tmp_path_factory.mktemp("sdist")
     copy_of_the_tree(folder / "tree")
+    for stray in ("tests/test_stray.py", "build/lib/fastlora/gone.py", "fastlora/_build_info.json"):
+        (folder / "tree" / stray).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "tree" / stray).write_text("{}")
     backend = "from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     run([sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {backend}", folder], folder / "tree")
     (archive,) = folder.glob("*.tar.gz")
@@ -96,6 +99,8 @@ def test_sdist_holds_what_the_build_needs(sdist):
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "fastlora/py.typed"} | sources | kernels <= held
     assert {"MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"} <= held
     assert not [name for name in held if name.endswith((".so", "_build_info.json"))]
+    folders = {name.partition("/")[0] for name in held if "/" in name}
+    assert folders == {"csrc", "fastlora", "fastlora.egg-info", "recipes", "triton_kernels"}
 
 
 @needs_tools
