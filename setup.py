@@ -27,6 +27,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -56,6 +57,13 @@ KNOWN = {
     "Development.Module": "the headers of Python {python} are missing. Install them (apt install python{python}-dev, "
     "dnf install python{python}-devel), or use a Python that has them",
 }
+
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    # else setuptools stumbles over the SPDX licence in pyproject.toml, and blames that
+    raise SystemExit(
+        f"setuptools {setuptools.__version__} is too old; pip install 'setuptools>=77', or build in isolation"
+    )
 
 
 def switch(name: str) -> str:

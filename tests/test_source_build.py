@@ -119,6 +119,14 @@ def test_cuda_asked_for_where_there_is_no_nvcc(setup_py):
         setup_py["build_wanted"](Path("_C.so"), "1", "on")
 
 
+def test_a_setuptools_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(
+        SystemExit, match="setuptools 65.5.0 is too old; pip install 'setuptools>=77', or build in isolation"
+    ):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
 @pytest.mark.parametrize(
     "missing, said",
     [
