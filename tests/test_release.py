@@ -24,9 +24,10 @@ CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 SEMANTIC = r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-?(a|b|rc|dev|alpha|beta)\.?\d*)?"
 
 
-def test_the_version_is_semantic_and_the_citation_names_it():
+def test_the_version_is_semantic_and_is_named_wherever_it_stands():
     assert re.fullmatch(SEMANTIC, fastlora.__version__)
     assert CITATION["version"] == fastlora.__version__
+    assert f"dist/fastlora-{fastlora.__version__}-cp3" in (ROOT / "docs" / "install.md").read_text()
 
 
 def test_the_changelog_ends_at_this_version():
