@@ -4,6 +4,7 @@
 # make bench-gpu  every GPU goal: build, correctness on the device, G1 to G11, into runs/gpu
 # make docs   the documentation site, into build/docs; every warning is an error
 # make faults  every fault with its full count, beside PEFT, into docs/faults.md; a quarter of an hour
+# make wheels    a wheel for each Python that is here, into dist/      make versions  install and test them, table into docs/
 # make aot    compile every Triton kernel for every target, on the newest Triton and on 3.6; the resource tables into docs/
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install test demo docs bench bench-gpu results faults aot aot36 lint clean
+.PHONY: install test demo docs bench bench-gpu results faults aot aot36 wheels versions lint clean
 
 install: $(VENV)/installed
 
@@ -71,8 +72,15 @@ aot36: install
 	  > $$($(VENV)36/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beside.pth
 	$(VENV)36/bin/python $(AOT) --csv bench/results/aot_triton36.csv
 
+wheels: install
+	$(BIN)/nox -s sdist wheels
+
+# several GB for each pair of Python and torch, one after the other, removed when it is tested
+versions: wheels
+	$(BIN)/nox -s versions
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)36 build dist *.egg-info runs fastlora/_C*.so fastlora/_build_info.json
+	rm -rf $(VENV) $(VENV)36 build dist .nox *.egg-info runs fastlora/_C*.so fastlora/_build_info.json

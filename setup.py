@@ -12,6 +12,7 @@ Switches, read from the environment of the build:
                          that the nvcc at hand knows)
 
 What was built, and why, is written to fastlora/_build_info.json; `fastlora.build_info()` and `fastlora doctor` read it.
+A wheel takes it along, so no path of this machine stands in it; the output of the build has them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -45,6 +47,23 @@ PACKAGES = [
     "fastlora.tune",
 ]
 CUDA_ARCHS = ("80", "90", "100", "120")
+# What CMake says -> what to do about it; with anything else its own first lines that say error are passed on.
+KNOWN = {
+    "No CMAKE_CXX_COMPILER could be found": "no C++ compiler was found. Install one (apt install g++, dnf install gcc-c++, "
+    "conda install cxx-compiler), or name it: CXX=/path/to/g++",
+    "environment variable CXX:": "CXX names a compiler that is not there: {CXX!r}. Set it to one that is, or unset it",
+    "does not compile C++17": "the C++ compiler does not compile C++17. Install a newer one, or name one: CXX=/path/to/g++",
+    "CMAKE_MAKE_PROGRAM is not set": "neither ninja nor make was found; pip install ninja",
+    "Development.Module": "the headers of Python {python} are missing. Install them (apt install python{python}-dev, "
+    "dnf install python{python}-devel), or use a Python that has them",
+}
+
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    # else setuptools stumbles over the SPDX licence in pyproject.toml, and blames that
+    raise SystemExit(
+        f"setuptools {setuptools.__version__} is too old; pip install 'setuptools>=77', or build in isolation"
+    )
 
 
 def switch(name: str) -> str:
@@ -76,7 +95,7 @@ def nvcc_facts(nvcc: str) -> tuple[str, str]:
 
 
 def run(command: list[str]) -> str:
-    """Run, echo the output, and turn a failure into a CompileError that carries the first line that says error."""
+    """Run, echo the output, and turn a failure into a CompileError that says what to do, or what went wrong first."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
@@ -85,12 +104,24 @@ def run(command: list[str]) -> str:
         raise CompileError(f"{command[0]} could not be started: {error}") from error
     print(done.stdout, flush=True)
     if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(len(lines) - 1, 0))
         raise CompileError(
-            f"`{Path(command[0]).name}` exited with {done.returncode}: {' '.join(lines[first : first + 3])}"
+            cause(done.stdout) or f"`{Path(command[0]).name}` exited with {done.returncode}: {first_error(done.stdout)}"
         )
     return done.stdout
+
+
+def cause(output: str) -> str:
+    """What to do about a failure that is known, or ""."""
+    facts = {"CXX": os.environ.get("CXX", ""), "python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
+    return next((meaning.format(**facts) for said, meaning in KNOWN.items() if said in output), "")
+
+
+def first_error(output: str) -> str:
+    """The first line that says error, or the last of all, and the two behind it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), len(lines) - 1)
+    told = " ".join(lines[max(first, 0) : first + 3])
+    return re.sub(r"^CMake Error at \S+ \(message\): ", "", told)
 
 
 def tool(name: str) -> str | None:
@@ -118,7 +149,8 @@ def compile_extension(target: Path, version: str, cuda: list[str], toolkit: str 
     if cmake is None:
         raise CompileError("cmake is missing; pip install 'cmake>=3.26' ninja, or build in isolation")
     release = run([cmake, "--version"]).split()[2]
-    decisive = [release, sys.version, sys.executable, str(bool(ninja)), toolkit, *cuda]
+    compilers = [os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS")]
+    decisive = [release, sys.version, sys.executable, str(bool(ninja)), toolkit, *compilers, *cuda]
     folder = ROOT / "build" / f"cmake-{hashlib.sha256(repr(decisive).encode()).hexdigest()[:12]}"
     generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     arguments = [
@@ -129,7 +161,11 @@ def compile_extension(target: Path, version: str, cuda: list[str], toolkit: str 
         f"-DFASTLORA_VERSION={version}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
     ]
-    run([cmake, "-S", str(ROOT), "-B", str(folder), *generator, *arguments, *cuda])
+    try:
+        run([cmake, "-S", str(ROOT), "-B", str(folder), *generator, *arguments, *cuda])
+    except CompileError:
+        shutil.rmtree(folder, ignore_errors=True)  # its cache would keep what it found missing
+        raise
     run([cmake, "--build", str(folder), "--config", "Release"])
     if not target.is_file():
         # RuntimeError: setuptools lets a CompileError of an optional extension pass, and this one must not.
@@ -139,13 +175,23 @@ def compile_extension(target: Path, version: str, cuda: list[str], toolkit: str 
     return release
 
 
+def without_folders(text: str) -> str:
+    """The text with every absolute path cut down to its last name."""
+    return re.sub(r"(?<![\w.~])(?:/[^\s/:;,'\"()]+)+/(?=[^\s/])", "", text)
+
+
+def system() -> str:
+    """System, processor and C library, which decide where a build runs; of the kernel it says nothing."""
+    return " ".join(filter(None, [platform.system(), platform.machine(), *platform.libc_ver()]))
+
+
 def build(target: Path, version: str) -> dict[str, object]:
     """Build the extension as the switches say; returns what _build_info.json tells."""
     wanted, cuda = switch("FASTLORA_BUILD_EXT"), switch("FASTLORA_CUDA")
     info: dict[str, object] = {
         "version": version,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": system(),
         "extension": False,
         "extension_reason": "",
         "cuda": False,
@@ -159,7 +205,7 @@ def build(target: Path, version: str) -> dict[str, object]:
     except CompileError as error:
         if wanted == "on" or cuda == "on":
             raise
-        return {**info, "extension_reason": str(error)}
+        return {**info, "extension_reason": without_folders(str(error))}
 
 
 def build_wanted(target: Path, version: str, cuda: str) -> dict[str, object]:
@@ -178,14 +224,15 @@ def build_wanted(target: Path, version: str, cuda: str) -> dict[str, object]:
                 "extension": True,
                 "extension_reason": f"built with CMake {cmake}",
                 "cuda": True,
-                "cuda_reason": f"nvcc {release} at {nvcc}",
+                "cuda_reason": f"nvcc {release}",
                 "cuda_archs": archs,
             }
         except CompileError as error:
+            why = f"the build with {nvcc} failed: {error}"
             if cuda == "on":
-                raise
-            why = f"nvcc at {nvcc} did not work: {error}"
-            print(f"fastlora: {why}. Building without CUDA.", file=sys.stderr, flush=True)
+                raise CompileError(f"FASTLORA_CUDA=on, but {why}. Mend that, or set FASTLORA_CUDA=off") from error
+            print(f"fastlora: {why}. Trying without CUDA.", file=sys.stderr, flush=True)
+            why = without_folders(why)
     cmake = compile_extension(target, version, ["-DFASTLORA_CUDA=OFF"])
     return {"extension": True, "extension_reason": f"built with CMake {cmake}", "cuda_reason": why}
 

@@ -22,7 +22,7 @@ def facts() -> dict[str, str]:
         "driver": _driver() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": package_version("triton"),
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
     }
@@ -43,7 +43,7 @@ def _driver() -> str:
         return "unknown"
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

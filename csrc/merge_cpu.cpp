@@ -29,10 +29,12 @@ std::vector<const Isa*> supported_isas() {
     // Every processor with AVX2 and FMA has F16C.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) found.push_back(&avx2_isa);
+#ifdef FASTLORA_AVX512  // CMakeLists.txt leaves it out where the compiler cannot
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         found.push_back(&avx512_isa);
     }
+#endif
 #endif
     return found;
 }

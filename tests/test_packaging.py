@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -22,26 +21,26 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import yaml
+from builds import FAILING_NVCC, ROOT, SUFFIX, copy_of_the_tree, needs_tools, planted, run
 
 import fastlora
 from fastlora.build import build_info
 
-if sys.version_info >= (3, 11):
-    import tomllib
-
-ROOT = Path(__file__).resolve().parent.parent
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-needed = [name for name in ("setuptools", "pybind11", "cmake", "ninja") if find_spec(name) is None]
-needs_tools = pytest.mark.skipif(
-    bool(needed), reason=f"not installed: {', '.join(needed)}; pip install 'fastlora[dev]'"
-)
-
 PROBE = """
 import json, os, sys
+import torch
 import fastlora, fastlora.triton_kernels, fastlora.modules, fastlora.ops
 from fastlora.build import build_info, extension
+from fastlora.ops.merge_native import serves
+layer = fastlora.FusedRankLoRALinear.from_linear(torch.nn.Linear(16, 8), rank=2)
+torch.nn.init.ones_(layer.lora_b)
+x, frozen = torch.ones(1, 16), layer.weight.clone()
+expected = layer(x)
+fastlora.merge(torch.nn.Sequential(layer))
+merged = torch.nn.functional.linear(x, layer.weight, layer.bias)
 print(json.dumps({
+    "merged_by_extension": serves(layer.weight) and not torch.equal(layer.weight, frozen),
+    "error": (merged - expected).abs().max().item(),
     "fastlora": fastlora.__file__,
     "triton_kernels": fastlora.triton_kernels.__file__,
     "extension": getattr(extension(), "__file__", None),
@@ -51,21 +50,6 @@ print(json.dumps({
 """
 
 
-def run(command, cwd, **environment):
-    """Run with a clean path; the output is in the assertion when it fails."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("FASTLORA_", "PYTHON"))}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done
-
-
 def python_sources(package, folder):
     """Names inside a wheel of all Python files below a source folder."""
     return {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
@@ -73,22 +57,16 @@ def python_sources(package, folder):
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory):
-    """Built from a copy of the tree, so that no earlier build lends it files and this one leaves none."""
+    """Built from a copy of the tree with planted strays, so that this build leaves none here."""
     folder = tmp_path_factory.mktemp("sdist")
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "tests", "bench", "__pycache__", "*.so")
-    shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    copy_of_the_tree(folder / "tree")
+    for stray in ("tests/test_stray.py", "build/lib/fastlora/gone.py", "fastlora/_build_info.json"):
+        (folder / "tree" / stray).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "tree" / stray).write_text("{}")
     backend = "from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     run([sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {backend}", folder], folder / "tree")
     (archive,) = folder.glob("*.tar.gz")
     return archive
-
-
-def plant_nvcc(folder):
-    """An nvcc that only fails."""
-    fake = folder / "nvcc"
-    fake.write_text("#!/bin/sh\necho 'nvcc: error: planted' >&2\nexit 1\n")
-    fake.chmod(0o755)
-    return str(fake)
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +75,7 @@ def wheel(sdist, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", sdist, "-w", folder]
     command += ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
-    run(command, folder, FASTLORA_BUILD_EXT="on", CUDACXX=plant_nvcc(folder))
+    run(command, folder, FASTLORA_BUILD_EXT="on", CUDACXX=planted(folder, "nvcc", FAILING_NVCC))
     (archive,) = folder.glob("*.whl")
     return archive
 
@@ -120,7 +98,10 @@ def test_sdist_holds_what_the_build_needs(sdist):
     kernels = {path.relative_to(ROOT).as_posix() for path in (ROOT / "triton_kernels").glob("*.py")}
     typed = {"fastlora/py.typed", "fastlora/_C.pyi"}
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt"} | typed | sources | kernels <= held
+    assert {"MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"} <= held
     assert not [name for name in held if name.endswith((".so", "_build_info.json"))]
+    folders = {name.partition("/")[0] for name in held if "/" in name}
+    assert folders == {"csrc", "fastlora", "fastlora.egg-info", "recipes", "triton_kernels"}
 
 
 @needs_tools
@@ -142,10 +123,8 @@ def test_wheel_holds_every_source_and_nothing_else(names):
         f"fastlora/_C{SUFFIX}",
     }
     assert {name for name in names if ".dist-info/" not in name} == sources | data | built
-
-
-def test_the_citation_names_this_version():
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == fastlora.__version__
+    about = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
+    assert {name.partition(".dist-info/")[2] for name in names if ".dist-info/" in name} == about
 
 
 @needs_tools
@@ -170,12 +149,22 @@ def test_wheel_records_what_was_built(wheel):
     record = json.loads(read(wheel, "_build_info.json"))
     assert record["extension"] is True and "CMake" in record["extension_reason"]
     assert (record["cuda"], record["cuda_archs"]) == (False, "")
-    assert "did not work" in record["cuda_reason"] and "nvcc: error: planted" in record["cuda_reason"]
+    assert record["cuda_reason"] == "the build with nvcc failed: `nvcc` exited with 1: nvcc: error: planted"
     assert record["version"] == fastlora.__version__
 
 
 @needs_tools
-def test_installed_wheel_imports_away_from_the_source(wheel, tmp_path):
+def test_wheel_tells_no_path_of_its_builder(wheel):
+    assert "/" not in read(wheel, "_build_info.json")
+    with zipfile.ZipFile(wheel) as archive:
+        module = archive.read(f"fastlora/_C{SUFFIX}")
+    assert not [
+        path for path in (ROOT, wheel.parent, Path.home()) if str(path).encode() in module and path != Path("/")
+    ]
+
+
+@needs_tools
+def test_installed_wheel_works_away_from_the_source_and_without_a_compiler(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
     site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).stdout.strip())
@@ -183,10 +172,14 @@ def test_installed_wheel_imports_away_from_the_source(wheel, tmp_path):
     run(pip, tmp_path, PIP_DISABLE_PIP_VERSION_CHECK="1")
     # torch and the rest are borrowed; a .pth adds the folder behind, and the editable installation there stays inert
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    found = json.loads(run([python, "-c", PROBE], tmp_path).stdout)
+    bare = {"PATH": str(python.parent), "CC": "", "CXX": ""}
+    found = json.loads(run([python, "-c", PROBE], tmp_path, **bare).stdout)
     for what in ("fastlora", "triton_kernels", "extension"):
         assert Path(found[what]).is_relative_to(site), f"{what} comes from {found[what]}"
     assert found["info"]["extension"] is True and found["info"]["cuda"] is False
+    assert found["merged_by_extension"] and found["error"] < 1e-5
+    told = run([python.parent / "fastlora", "doctor"], tmp_path, **bare).stdout
+    assert f"{fastlora.__version__} in {site / 'fastlora'}" in told and "built with CMake" in told
     assert found["info"]["compiler"] and not found["bare"]
 
 
@@ -212,67 +205,6 @@ def test_every_folder_with_python_files_is_a_listed_package():
     listed = set(run([sys.executable, "-c", script], ROOT).stdout.split())
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "fastlora").rglob("*.py")}
     assert listed == folders | {"fastlora.triton_kernels"}
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib, Python 3.11")
-def test_tests_have_the_tools_that_the_build_requires():
-    """The tests above build without isolation, so the dev extra must bring what isolation would."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert set(project["build-system"]["requires"]) <= set(project["project"]["optional-dependencies"]["dev"])
-    assert not [name for name in project["build-system"]["requires"] if name.startswith("torch")]
-
-
-# ---- what a build says when it cannot be as wanted
-
-
-@pytest.fixture
-def build_folder(tmp_path):
-    ignored = shutil.ignore_patterns(
-        ".*", "build", "dist", "runs", "tests", "bench", "__pycache__", "*.so", "_build_info.json"
-    )
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
-    return tmp_path / "tree"
-
-
-def build_ext(folder, **environment):
-    """setup.py build_ext in this folder; the finished process and the record, where one was written."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("FASTLORA_", "PYTHON"))}
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
-    done = subprocess.run(
-        command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True, check=False
-    )
-    record = folder / "out" / "fastlora" / "_build_info.json"
-    return done, json.loads(record.read_text()) if record.exists() else None
-
-
-@needs_tools
-def test_failed_build_is_told_and_passes_unless_asked_for(build_folder):
-    (build_folder / "CMakeLists.txt").write_text('message(FATAL_ERROR "planted")\n')
-    done, record = build_ext(build_folder, FASTLORA_CUDA="off")
-    assert done.returncode == 0 and "WITHOUT its extension" in done.stderr
-    assert record["extension"] is False and "planted" in record["extension_reason"]
-    done, _ = build_ext(build_folder, FASTLORA_CUDA="off", FASTLORA_BUILD_EXT="on")
-    assert done.returncode != 0 and "planted" in done.stderr
-
-
-@needs_tools
-def test_cuda_asked_for_by_name_is_built_or_an_error(build_folder):
-    done, record = build_ext(build_folder, CUDACXX=plant_nvcc(build_folder), FASTLORA_CUDA="on")
-    assert done.returncode != 0 and "nvcc: error: planted" in done.stderr and record is None
-
-
-def test_build_without_the_extension_packs_no_older_one(build_folder):
-    older = build_folder / "out" / "fastlora" / f"_C{SUFFIX}"
-    older.parent.mkdir(parents=True)
-    older.write_bytes(b"an earlier build")
-    done, record = build_ext(build_folder, FASTLORA_BUILD_EXT="off")
-    assert done.returncode == 0 and not older.exists()
-    assert (record["extension"], record["extension_reason"]) == (False, "FASTLORA_BUILD_EXT=off")
-
-
-def test_unknown_switch_is_refused(build_folder):
-    done, _ = build_ext(build_folder, FASTLORA_CUDA="yes")
-    assert done.returncode != 0 and "FASTLORA_CUDA is 'yes'; it must be auto, on or off" in done.stderr
 
 
 # ---- CUDA code
