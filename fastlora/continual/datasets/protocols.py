@@ -102,7 +102,7 @@ def find_images(config: RunConfig) -> Found:
 
 def _mtil(config: RunConfig, name: str) -> Part:
     source = SOURCES[name]
-    split = source.read(*source.find(Path(config.data.root), source.files))
+    split = source.published(Path(config.data.root))
     check_split(name, split, source.classes)
     return Part(name, split, prompts.MTIL[name])
 
