@@ -3,6 +3,7 @@
 # make bench  the CPU benchmarks       make lint  ruff, mypy       make clean  remove what make made
 # make bench-gpu  every GPU goal: build, correctness on the device, G1 to G11, into runs/gpu
 # make docs   the documentation site, into build/docs; every warning is an error
+# make sanitize  the tests of the extension with AddressSanitizer and UndefinedBehaviorSanitizer
 # make faults  every fault with its full count, beside PEFT, into docs/faults.md; a quarter of an hour
 # make wheels    a wheel for each Python that is here, into dist/      make versions  install and test them, table into docs/
 # make aot    compile every Triton kernel for every target, on the newest Triton and on 3.6; the resource tables into docs/
@@ -17,7 +18,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install test demo docs bench bench-gpu results faults aot aot36 wheels versions lint clean
+.PHONY: install test sanitize demo docs bench bench-gpu results faults aot aot36 wheels versions lint clean
 
 install: $(VENV)/installed
 
@@ -33,6 +34,9 @@ $(VENV)/installed: $(SOURCES)
 
 test: install
 	$(BIN)/pytest -n 2 --dist loadfile
+
+sanitize: install
+	$(BIN)/python tests/csrc/sanitized.py
 
 demo: install
 	rm -rf $(RUNS) && mkdir -p $(RUNS)

@@ -17,7 +17,7 @@ from fastlora.modules.attention import PARTS, _PackedAttention, adapt_attention,
 from fastlora.modules.conv1d import FusedRankLoRAConv1D, conv1d_class, is_conv1d
 from fastlora.modules.linear import FusedRankLoRALinear
 from fastlora.modules.quantized import QuantizedRankLoRALinear, format_of, put_requantized, requantized
-from fastlora.ops.merge import MergeReport, merge_, new_residuals, unmerge_
+from fastlora.ops.merge import MergeReport, merge_, new_residuals, one_at_a_time, unmerge_
 from fastlora.sharded import is_sharded, merge_shards
 from fastlora.tied import check_untied, warn_of_ties
 
@@ -333,6 +333,7 @@ def prune(model: nn.Module) -> dict[str, int]:
     return {name: adapter.prune_() for name, adapter in found.items()}
 
 
+@one_at_a_time
 def merge(
     model: nn.Module,
     *,
@@ -362,6 +363,9 @@ def merge(
             no weight and no adapter has changed.
         ValueError: no adapters, a gate that is not finite, a weight that is tied to another one while allow_tied is
             False, or weights that `fastlora.ops.merge_` refuses; likewise.
+    Threads:
+        Calls from several threads run one after the other, and the later ones find fresh adapters: no update is merged
+        twice.
     """
     found = _adapters_or_raise(model)
     quantized = {name: layer for name, layer in found.items() if isinstance(layer, QuantizedRankLoRALinear)}
@@ -377,6 +381,7 @@ def merge(
     return MergeReport(lambda: rows, f"{merged.backend}+requantize" if merged else "requantize")
 
 
+@one_at_a_time
 def unmerge(
     model: nn.Module, *, residuals: dict[str, Tensor] | None = None, allow_tied: bool = False, check: bool = True
 ) -> MergeReport:

@@ -26,6 +26,7 @@ from fastlora.continual.config import (
     run_config,
 )
 from fastlora.continual.configs.base import check_count
+from fastlora.continual.yaml_text import parse_yaml
 
 # of the command, not of the run: its config.yaml leaves them out
 _NOT_SAVED = ("out", "resume", "dry_run", "seeds", "processes")
@@ -181,16 +182,14 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     """The file's mapping, with `method: NAME` spelt out."""
-    import yaml
-
     try:
-        config = yaml.safe_load(path.read_text())
+        config = parse_yaml(path.read_text())
     except OSError as error:
         raise UsageError(
             f"--config {path} cannot be read ({error.strerror}). Give a YAML file, such as a run's."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UsageError(f"--config {path} is {error}") from None
     if config is None:
         return {}
     if not isinstance(config, dict):

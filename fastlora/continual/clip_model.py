@@ -70,10 +70,12 @@ def registered(model: str) -> str:
     path = Path(model)
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"model is {model!r}, which cannot be read as JSON ({error}). Give open_clip's form."
         ) from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{model} holds a {type(config).__name__}; give a description in open_clip's form, a mapping.")
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
         raise UsageError(

@@ -20,7 +20,7 @@ def finished_already(path: Path, config: RunConfig) -> bool:
     """Whether the run at `path` has come to its end. Raises ValueError where `config` is not that of the run."""
     try:
         status = json.loads((path / "manifest.json").read_text()).get("status")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
     if status != "finished":
         return False

@@ -176,17 +176,20 @@ def _what_is_there(path: Path) -> str:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         return f" (a run, {manifest['status']}, {manifest['finished_tasks']} of {len(manifest['tasks'])} tasks)"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "manifest.json").read_text())
+        found = json.loads((path / "manifest.json").read_text())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / 'manifest.json'} is not JSON ({error}). Restore it, or remove it.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("duration_seconds", 0.0), (int, float)):
+        raise ValueError(f"{path / 'manifest.json'} is no manifest of a run. Restore it, or remove it.")
+    return found
 
 
 def _locked(path: Path) -> io.FileIO:

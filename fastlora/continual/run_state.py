@@ -118,14 +118,29 @@ def read_state(path: Path) -> RunState:
         )
     if header.get("sha256") != checksum(header, fingerprint(tensors)):
         raise ValueError(_damaged(path, "its content has another SHA-256 than its header tells"))
-    values = json.loads(header["state"])
-    record = values.pop("record")
-    record["ranks"] = [RankEntry(**entry) for entry in record["ranks"]]
     parts: dict[str, Any] = {
         kind: {key.removeprefix(f"{kind}."): tensor for key, tensor in tensors.items() if key.startswith(f"{kind}.")}
         for kind in _TENSORS
     }
-    return RunState(record=Record(**record), **values, **parts)
+    try:
+        return RunState(**_values(header["state"]), **parts)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        why = f"it does not tell where the run stands ({type(error).__name__}: {error})"
+        raise ValueError(_damaged(path, why)) from error
+
+
+_KINDS = {"config": dict, "data": dict, "base": dict, "record": dict, "trained": int, "journal": int, "log": str,
+          "steps": int, "seconds": dict, "device": str, "weights": str}  # fmt: skip
+
+
+def _values(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    for name, kind in _KINDS.items():
+        if not isinstance(values[name], kind):
+            raise ValueError(f"{name} is {values[name]!r}")
+    record = values["record"]
+    ranks = [RankEntry(**entry) for entry in record["ranks"]]
+    return values | {"record": Record(**record | {"ranks": ranks})}
 
 
 def _damaged(path: Path, why: str) -> str:

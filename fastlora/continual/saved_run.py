@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from fastlora.continual.config import RunConfig, run_config
 from fastlora.continual.group_labels import is_control
 from fastlora.continual.record import RankEntry, Record
-from fastlora.continual.run_dir import TABLES
+from fastlora.continual.run_dir import STATUSES, TABLES
+from fastlora.continual.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ class SavedRun:
     @property
     def run_config(self) -> RunConfig:
         """The settings, checked again. Raises ValueError where this version does not have them."""
-        return run_config(self.config)
+        try:
+            return run_config(self.config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path / 'config.yaml'} is not of this version: {error}") from error
 
     @property
     def stages(self) -> list[str]:
@@ -53,7 +58,7 @@ class SavedRun:
     def label(self) -> str:
         """Method and what sets it apart, for legends: 'codyra', 'codyra gates=null_control', 'lora r=4'."""
         method = self.config["method"]
-        rank = f" r={method['rank']}" if method["name"] == "lora" else ""
+        rank = f" r={method.get('rank')}" if method["name"] == "lora" else ""
         return method["name"] + rank + (f" gates={method['gates']}" if is_control(method) else "")
 
 
@@ -73,19 +78,20 @@ def read_run(path: str | os.PathLike[str]) -> SavedRun:
         raise FileNotFoundError(
             f"{path} is not a run directory (it has no manifest.json). Pass a directory that `fastlora train` made."
         )
-    manifest = _read(path / "manifest.json", json.loads)
+    manifest = _read(path / "manifest.json", _manifest)
     config = _read(path / "config.yaml", _from_yaml)
     tables = {space: _read(path / name, _table) for space, name in TABLES.items() if (path / name).exists()}
-    metrics = _read(path / "metrics.json", json.loads) if (path / "metrics.json").exists() else {}
+    metrics = _read(path / "metrics.json", _curves) if (path / "metrics.json").exists() else {}
     ranks = _read(path / "ranks.csv", _ranks) if (path / "ranks.csv").exists() else []
     record = Record(
-        tasks=list(manifest["tasks"]),
+        tasks=manifest["tasks"],
         own=tables.get("own", []),
         union=tables.get("union", []),
         held_out=metrics.get("held_out_curve", []),
         ranks=ranks,
         drift=metrics.get("drift_curve", []),
     )
+    _check_sizes(path, record)
     log = _read(path / "log.csv", _log)
     selection: dict[str, Any] = {"comparisons": []}
     if (path / "selection.json").exists():
@@ -98,21 +104,75 @@ def _read(path: Path, parse: Any) -> Any:
         return parse(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing, so the run cannot be read. Restore it, or train again.") from None
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}). Restore it, or train again."
         ) from error
 
 
-def _from_yaml(text: str) -> dict[str, Any]:
-    import yaml
+def _check_sizes(path: Path, record: Record) -> None:
+    """Raises ValueError unless the tables are of as many tasks and evaluations as each other."""
+    tasks, rows = len(record.tasks), len(record.own)
+    for space, name in TABLES.items():
+        found = [len(row) for row in getattr(record, space)]
+        if len(found) != rows or rows > tasks + 1 or any(length != tasks for length in found):
+            raise ValueError(
+                f"{path / name} has {len(found)} rows of {sorted(set(found))} accuracies, and {TABLES['own']} {rows}; of "
+                f"{tasks} tasks there are at most {tasks + 1}, of {tasks} each. Restore it, or train again."
+            )
+    for key, curve in (("held_out_curve", record.held_out), ("drift_curve", record.drift)):
+        if len(curve) not in (0, rows):
+            raise ValueError(
+                f"{path / 'metrics.json'} has {len(curve)} values of {key}, and {TABLES['own']} {rows} rows. Restore it, or "
+                "train again."
+            )
 
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict) or "name" not in (config.get("method") or {}):
-        raise ValueError("it has no method.name")
+
+def _manifest(text: str) -> dict[str, Any]:
+    found = _mapping(json.loads(text))
+    for key, kinds in _MANIFEST.items():
+        if not isinstance(found.get(key), kinds):
+            raise ValueError(f"it has no {key}")
+    if found["status"] not in STATUSES or not all(isinstance(task, str) for task in found["tasks"]):
+        raise ValueError(f"status {found['status']!r}, tasks {found['tasks']!r}")
+    for key, names in _FIGURES.items():
+        if found.get(key) is not None:
+            _numbers([found[key][name] for name in names])
+    return found
+
+
+# what reports and comparisons look at
+_MANIFEST: dict[str, type | tuple[type, ...]] = {
+    "status": str, "tasks": list, "benchmark": str, "seed": int, "device": str, "duration_seconds": (int, float), "hashes": dict
+}  # fmt: skip
+_FIGURES = {"seconds": ("train", "evaluate"), "null_model": ("total_shrink", "expected_rank")}
+
+
+def _curves(text: str) -> dict[str, list[float]]:
+    found = _mapping(json.loads(text))
+    return {key: _numbers(found[key]) for key in ("held_out_curve", "drift_curve") if key in found}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}")
+    return value
+
+
+def _numbers(values: Any) -> list[float]:
+    found = [float(value) for value in values]
+    if not all(map(math.isfinite, found)):
+        raise ValueError("it holds a number that is not finite")
+    return found
+
+
+def _from_yaml(text: str) -> dict[str, Any]:
+    config = parse_yaml(text)
+    if not isinstance(config, dict) or not isinstance(config.get("method"), dict):
+        raise ValueError("it has no method")
+    if not isinstance(config["method"].get("name"), str) or not isinstance(config.get("seed"), int):
+        raise ValueError("it has no method.name, or no seed")
+    json.dumps(config, sort_keys=True, default=str)  # comparisons sort by it, which takes names as keys
     return config
 
 
@@ -124,7 +184,10 @@ def _table(text: str) -> list[list[float]]:
     header, *rows = csv.reader(text.splitlines())
     if any(len(row) != len(header) for row in rows):
         raise ValueError("a row has another number of columns than the header")
-    return [[float(value) for value in row[1:]] for row in rows]
+    found = [_numbers(row[1:]) for row in rows]
+    if not all(0 <= value <= 100 for row in found for value in row):
+        raise ValueError("an accuracy is no percentage")
+    return found
 
 
 def _ranks(text: str) -> list[RankEntry]:
@@ -135,9 +198,11 @@ def _ranks(text: str) -> list[RankEntry]:
 
 
 def _selection(text: str) -> dict[str, Any]:
-    selection = json.loads(text)
+    selection = _mapping(json.loads(text))
     for comparison in selection["comparisons"]:
-        comparison["name"], float(comparison["jaccard"]), float(comparison["chance"])
+        shown = [(comparison["jaccard"], comparison["chance"]), *comparison.get("towers", {}).values()]
+        if not isinstance(comparison["name"], str) or any(len(_numbers(pair)) != 2 for pair in shown):
+            raise ValueError("a comparison has no name, or other than two numbers")
     return selection
 
 

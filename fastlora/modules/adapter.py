@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlora import reference
 from fastlora.checks import check_finite_gate, check_kappa, check_layer_options
 from fastlora.interrupts import uninterrupted
-from fastlora.ops.merge import MergeOptions, merge_
+from fastlora.ops.merge import MergeOptions, merge_, one_at_a_time
 from fastlora.ops.rank_lora import rank_lora_linear
 
 if TYPE_CHECKING:
@@ -211,6 +211,7 @@ class RankAdapter(nn.Module):
         lora_a, lora_b = self.lora_a.index_select(0, ranks), self.lora_b.index_select(1, ranks)
         self._set(lora_a, lora_b, self.gate.index_select(0, ranks))
 
+    @one_at_a_time
     def merge_(
         self, *, generator: torch.Generator | None = None, **merge_kwargs: Unpack[LayerMergeOptions]
     ) -> MergeReport:

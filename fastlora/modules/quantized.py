@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.modules.adapter import RankAdapter
+from fastlora.ops.merge import one_at_a_time
 from fastlora.ops.merge_report import MergeError, MergeReport, ModuleMerge
 
 
@@ -114,6 +115,7 @@ class QuantizedRankLoRALinear(RankAdapter):
         """The base weight, [N, K], float32."""
         return self.format.dequantize(self.base)
 
+    @one_at_a_time
     def merge_(  # type: ignore[override]  # a quantised weight takes neither rounding nor residuals
         self, *, requantize: Any = False, generator: torch.Generator | None = None
     ) -> MergeReport:

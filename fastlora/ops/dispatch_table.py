@@ -105,7 +105,7 @@ def read_table(path: str | os.PathLike[str], source: str) -> dict[Key, Entry]:
     """
     try:
         content = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TableError(f"it is no JSON ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get("entries"), list):
         raise TableError('it is no object with "version" and "entries"')

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from fastlora.ops.merge_torch import TorchMerge
 
 # one merge at a time: two threads that add to one weight would each overwrite what the other has just written
 _turn = threading.RLock()
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 __all__ = ["MergeError", "MergeReport", "ModuleMerge", "merge_", "new_residuals", "unmerge_"]
 
@@ -164,6 +168,17 @@ def _in_order(jobs: Sequence[MergeJob], done: Sequence[tuple[list[int], Sequence
     """The counts of all groups in the order of the call."""
     by_index = {i: counts for members, group in done for i, counts in zip(members, group)}
     return [by_index[i] for i in range(len(jobs))]
+
+
+def one_at_a_time(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Decorator of what reads adapters, merges and resets them: a second thread finds the adapters as the first left them."""
+
+    @functools.wraps(work)
+    def waiting(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        with _turn:
+            return work(*args, **kwargs)
+
+    return waiting
 
 
 def _new_turn() -> None:

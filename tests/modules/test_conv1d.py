@@ -95,7 +95,7 @@ def test_it_follows_to_and_copies_and_pickles():
     for assign in (False, True):
         other = FusedRankLoRAConv1D(conv1d(), 2)
         buffer.seek(0)
-        other.load_state_dict(torch.load(buffer), assign=assign)
+        other.load_state_dict(torch.load(buffer, weights_only=True), assign=assign)
         assert torch.equal(other(x), y)
 
 

@@ -17,7 +17,7 @@ from fastlora.reference import soft_threshold
 def through_a_file(optimizer, model, tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     fresh = ProxAdamW(model, lr=1.0, operator=optimizer.operator)
-    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     return fresh
 
 

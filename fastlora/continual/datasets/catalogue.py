@@ -62,6 +62,23 @@ class Source:
             raise DataError(f"{self.name}: {lost} is missing. {self.where(needed)}")
         return root / best.home, root / best.home / best.images
 
+    def published(self, root: Path) -> Split:
+        """The published split of the data set in `root`.
+
+        Raises:
+            DataError: the data set or a file of it is missing, or its label files are damaged.
+        """
+        home, folder = self.find(root, self.files)
+        try:
+            return self.read(home, folder)
+        except DataError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{self.name}: the label files in {home} are damaged ({why}). Download them again."
+            ) from error
+
     def where(self, needed: tuple[str, ...]) -> str:
         """What goes where, in words."""
         layouts = {"CoOp's layout": self.coop, "torchvision's": self.torchvision}

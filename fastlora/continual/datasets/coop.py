@@ -20,7 +20,7 @@ RENAMED = {
 def coop_split(source: Source, root: Path) -> Split:
     """The split of a data set in xtail; the published one where CoOp made none (Aircraft, MNIST)."""
     if source.split is None:
-        split = source.read(*source.find(root, source.files))
+        split = source.published(root)
     else:
         home, folder = source.find(root, (source.split,))
         split = _read(home / source.split, folder)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastlora.continual.datasets.matlab import MatlabError, parse_matlab
 from fastlora.continual.datasets.split import DataError
+
+_LONGEST = 1 << 28  # bytes of an idx file; MNIST's longest has 47 million
 
 
 def read_lines(path: Path) -> list[str]:
@@ -27,17 +31,10 @@ def read_json(path: Path) -> Any:
 
 def read_mat(path: Path) -> dict[str, Any]:
     """Variables of a MATLAB file, arrays without axes of length 1."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ImportError(
-            f"{path.name} is a MATLAB file, and scipy, which reads it, is not installed. Run: pip install scipy (it "
-            "comes with 'fastlora[train]')"
-        ) from None
     _must_exist(path)
     try:
-        return loadmat(str(path), squeeze_me=True)
-    except Exception as error:  # scipy raises what it likes
+        return parse_matlab(path.read_bytes())
+    except MatlabError as error:
         raise DataError(f"{path} is not a readable MATLAB file ({error}). Download it again.") from None
 
 
@@ -46,9 +43,12 @@ def read_pickle(path: Path) -> dict[str, Any]:
     _must_exist(path)
     try:
         with open(path, "rb") as file:
-            return _ArrayUnpickler(file, encoding="latin1").load()
+            found = _ArrayUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle may raise anything
         raise DataError(f"{path} is not a readable pickle of CIFAR ({error}). Download it again.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds a {type(found).__name__}, and no pickle of CIFAR. Download it again.")
+    return found
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -58,8 +58,9 @@ def read_idx(path: Path) -> np.ndarray:
         path = packed
     _must_exist(path)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read(_LONGEST)  # a small file may unpack to any number of bytes
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked ({error}). Download it again.") from None
     kind, axes = content[2:3], content[3] if len(content) > 3 else 0
     shape = tuple(np.frombuffer(content, ">i4", axes, 4)) if len(content) >= 4 + 4 * axes else ()

@@ -107,7 +107,7 @@ def _root(config: RunConfig) -> Path:
 
 def _mtil(config: RunConfig, name: str) -> Part:
     source = SOURCES[name]
-    split = source.read(*source.find(_root(config), source.files))
+    split = source.published(_root(config))
     check_split(name, split, source.classes)
     return Part(name, split, prompts.MTIL[name])
 

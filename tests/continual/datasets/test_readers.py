@@ -16,7 +16,7 @@ from fastlora.continual.datasets.split import check_split
 
 def read(name, root):
     source = SOURCES[name]
-    return source.read(*source.find(root, source.files))
+    return source.published(root)
 
 
 @pytest.fixture
