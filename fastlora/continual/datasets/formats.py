@@ -30,10 +30,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_mat(path: Path) -> dict[str, Any]:
-    """Variables of a MATLAB file, arrays without axes of length 1."""
+    """Variables of a MATLAB file, a list each."""
     _must_exist(path)
     try:
-        return parse_matlab(path.read_bytes())
+        return parse_matlab(path)
     except MatlabError as error:
         raise DataError(f"{path} is not a readable MATLAB file ({error}). Download it again.") from None
 

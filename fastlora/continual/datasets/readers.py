@@ -71,11 +71,11 @@ def eurosat(home: Path, folder: Path) -> Split:
 
 def flowers(home: Path, folder: Path) -> Split:
     """Labels and image numbers of its files count from 1. No file of it names the classes."""
-    labels = np.atleast_1d(read_mat(home / "imagelabels.mat")["labels"])
+    labels = read_mat(home / "imagelabels.mat")["labels"]
     sets = read_mat(home / "setid.mat")
 
     def side(key: str) -> Images:
-        numbers = [int(number) for number in np.atleast_1d(sets[key])]
+        numbers = [int(number) for number in sets[key]]
         return Images(
             tuple(f"image_{number:05d}.jpg" for number in numbers),
             tuple(int(labels[number - 1]) - 1 for number in numbers),
@@ -117,11 +117,11 @@ def oxford_pet(home: Path, folder: Path) -> Split:
 
 
 def stanford_cars(home: Path, folder: Path) -> Split:
-    classes = np.atleast_1d(read_mat(home / "devkit" / "cars_meta.mat")["class_names"])
+    classes = read_mat(home / "devkit" / "cars_meta.mat")["class_names"]
 
     def side(images: str, file: Path) -> Images:
-        rows = np.atleast_1d(read_mat(file)["annotations"])
-        if "class" not in (rows.dtype.names or ()):
+        rows = read_mat(file)["annotations"]
+        if not all("class" in row for row in rows):
             raise DataError(f"{file} holds no labels. Use the file whose name ends in _withlabels.mat.")
         return Images(tuple(f"{images}/{row['fname']}" for row in rows), tuple(int(row["class"]) - 1 for row in rows))
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 
 import pytest
 from continual.datasets import layouts
@@ -168,6 +169,13 @@ def test_a_damaged_idx_file(tmp_path, content):
     (tmp_path / "other.gz").write_bytes(b"\x1f\x8b damaged")
     with pytest.raises(DataError, match="other.gz cannot be unpacked"):
         read_idx(tmp_path / "other")
+
+
+def test_scipy_is_asked_for_by_name(tmp_path, monkeypatch):
+    layouts.flowers(tmp_path, "coop")
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ImportError, match="imagelabels.mat is a MATLAB file, and scipy.*pip install scipy"):
+        read("Flowers", tmp_path)
 
 
 def test_a_damaged_matlab_file(tmp_path):
