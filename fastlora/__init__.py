@@ -27,13 +27,13 @@ _EXPORTS = {
     "import_peft": "fastlora.interop",
     "inject": "fastlora.adapt",
     "load_adapter": "fastlora.adapter_file",
-    "merge": "fastlora.adapt",
+    "merge": "fastlora.merging",
     "open_clip_demo": "fastlora.continual.demo",
     "prune": "fastlora.adapt",
     "rank_report": "fastlora.adapt",
     "remove": "fastlora.adapt",
     "save_adapter": "fastlora.adapter_file",
-    "unmerge": "fastlora.adapt",
+    "unmerge": "fastlora.merging",
 }
 _SUBMODULES = ("continual", "interop", "modules", "ops", "optim", "reference", "tune")
 
@@ -53,11 +53,9 @@ if TYPE_CHECKING:
     from fastlora.adapt import adapter_parameters as adapter_parameters
     from fastlora.adapt import adapters as adapters
     from fastlora.adapt import inject as inject
-    from fastlora.adapt import merge as merge
     from fastlora.adapt import prune as prune
     from fastlora.adapt import rank_report as rank_report
     from fastlora.adapt import remove as remove
-    from fastlora.adapt import unmerge as unmerge
     from fastlora.adapter_file import load_adapter as load_adapter
     from fastlora.adapter_file import save_adapter as save_adapter
     from fastlora.build import build_info as build_info
@@ -65,6 +63,8 @@ if TYPE_CHECKING:
     from fastlora.interop import export_peft as export_peft
     from fastlora.interop import import_peft as import_peft
     from fastlora.journal import Journal as Journal
+    from fastlora.merging import merge as merge
+    from fastlora.merging import unmerge as unmerge
     from fastlora.modules.linear import FusedRankLoRALinear as FusedRankLoRALinear
     from fastlora.ops.explain import explain as explain
     from fastlora.ops.merge import MergeError as MergeError

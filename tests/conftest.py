@@ -11,6 +11,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# The first backward of a process decides about autograd's threads. One within torch.compile, whose fake tensors may be of any
+# device, starts them, and then no process that is forked later can go backward.
+torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ LAYERS = (
     ),
     ("fastlora.ops",),
     ("fastlora.modules",),
-    ("fastlora.tied", "fastlora.adapt", "fastlora.optim", "fastlora.sharded", "fastlora.tune"),
+    ("fastlora.tied", "fastlora.adapt", "fastlora.merging", "fastlora.optim", "fastlora.sharded", "fastlora.tune"),
     ("fastlora.adapter_file", "fastlora.base_weights"),
     ("fastlora.journal", "fastlora.journal_entry", "fastlora.merge_files"),
     ("fastlora.interop",),

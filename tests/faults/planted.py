@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fastlora import adapt, adapter_file, checks, files, journal, reference
+from fastlora import adapt, adapter_file, checks, files, journal, merging, reference
 from fastlora.continual import batches, distributed, run_dir, run_keeper, trainer
 from fastlora.continual.datasets import formats
 from fastlora.modules import adapter
@@ -42,7 +42,7 @@ def instead(owner: Any, name: str, what: Any) -> Callable[[], AbstractContextMan
     return lambda: mock.patch.object(owner, name, what)
 
 
-_MERGE_ALL, _CHECK_MERGE = adapt._merge_all, merge.check_merge
+_MERGE_ALL, _CHECK_MERGE = merging._merge_all, merge.check_merge
 
 
 def _merge_that_keeps_the_adapters(model: nn.Module, *given: Any) -> Any:
@@ -116,19 +116,19 @@ def _at_or_above(gate: torch.Tensor, kappa: float) -> int:
 BUGS = (
     Bug("NaN and overflow are not looked for", "merge_of_one_bad_adapter", no_check(merge, "raise_bad")),
     Bug("overflow is not looked for", "overflow_in_a_merge", no_check(merge, "raise_bad")),
-    Bug("a NaN gate passes", "gate_that_is_not_finite", no_check(adapt, "check_finite_gate")),
-    Bug("a merged adapter is not reset", "merge_twice", instead(adapt, "_merge_all", _merge_that_keeps_the_adapters)),
+    Bug("a NaN gate passes", "gate_that_is_not_finite", no_check(merging, "check_finite_gate")),
+    Bug("a merged adapter is not reset", "merge_twice", instead(merging, "_merge_all", _merge_that_keeps_the_adapters)),
     Bug("gates become half precision", "gates_through_half", instead(adapter.RankAdapter, "_apply", nn.Module._apply)),
     Bug("a negative kappa passes", "negative_kappa", no_check(adapter, "check_kappa")),
     Bug("shapes are not checked", "input_of_another_width", no_check(checks, "check_rank_lora")),
     Bug("weights may share memory", "two_weights_in_one_memory", no_check(merge_checks, "check_disjoint")),
     Bug("read-only memory passes", "merge_into_read_only_memory", no_check(merge_checks, "check_writable")),
-    Bug("tied weights pass", "weight_tied_to_another_layer", no_check(adapt, "check_untied")),
+    Bug("tied weights pass", "weight_tied_to_another_layer", no_check(merging, "check_untied")),
     Bug("merges do not wait for each other", "two_threads_merge_into_one_weight",
         instead(merge, "_turn", contextlib.nullcontext()), 40),
     Bug("autograd hears of no merge", "merge_between_forward_and_backward",
         no_check(torch.autograd.graph, "increment_version")),
-    Bug("a merge can be cut in two", "interrupted_merge", instead(adapt, "uninterrupted", contextlib.nullcontext), 60),
+    Bug("a merge can be cut in two", "interrupted_merge", instead(merging, "uninterrupted", contextlib.nullcontext), 60),
     Bug("no checksum", "flipped_bit_in_an_adapter_file",
         instead(adapter_file, "checksum", lambda header, hashes: header.get("sha256", "")), 20),
     Bug("no fingerprint of the base", "journal_of_another_base", no_check(journal, "check_untouched")),
