@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 # before anything imports Triton: its kernels then run on CPU tensors
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -11,6 +12,14 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if find_spec("hypothesis"):
+    from hypothesis import Phase, settings
+
+    # the same examples in every run: what a change breaks is the change's. Unshrunk: a search for the smallest failure may
+    # take minutes; `--hypothesis-profile=default` makes it.
+    phases = (Phase.explicit, Phase.generate)
+    settings.register_profile("suite", derandomize=True, deadline=None, max_examples=30, database=None, phases=phases)
+    settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,9 @@ import functools
 import math
 from typing import Any
 
-_DEEPEST = 50  # lists within lists; the time that yaml takes grows with the square of it, to minutes for a page of brackets
+_DEEPEST = (
+    50  # lists within lists; the time that yaml takes grows with the square of it, to minutes for a page of brackets
+)
 _LARGEST = 100_000  # values, with aliases written out: a hundred lines of aliases of aliases stand for more than any memory holds
 
 

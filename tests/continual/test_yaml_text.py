@@ -9,7 +9,9 @@ from fastlora.continual.yaml_text import parse_yaml
 
 
 def test_settings():
-    text = "method: {name: codyra, kappa: 1e-3}\nlog_to: [wandb]\nseed: 3\ndata: &a {root: null}\nmore: {<<: *a, b: 2}\n"
+    text = (
+        "method: {name: codyra, kappa: 1e-3}\nlog_to: [wandb]\nseed: 3\ndata: &a {root: null}\nmore: {<<: *a, b: 2}\n"
+    )
     assert parse_yaml(text) == yaml.safe_load(text) and parse_yaml("") is None
 
 

@@ -165,4 +165,6 @@ def _shaped(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _squeezed(values: np.ndarray) -> Any:
-    return values.squeeze()
+    """Without axes of length 1, as scipy's squeeze_me: one number or entry is itself, nothing has one axis."""
+    values = values.squeeze() if values.size else np.empty(0, values.dtype)
+    return values.item() if not values.shape and values.dtype.names is None else values
