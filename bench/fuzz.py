@@ -28,7 +28,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-RESULT, PAGE, KEPT = ROOT / "bench/results/fuzz.json", ROOT / "docs/fuzzing.md", ROOT / "tests/fuzzeded/inputs"
+RESULT, PAGE, KEPT = ROOT / "bench/results/fuzz.json", ROOT / "docs/fuzzing.md", ROOT / "tests/fuzzed/inputs"
 Found = dict[str, Any]
 
 # ---- in the process of one reader
