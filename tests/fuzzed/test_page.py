@@ -38,4 +38,6 @@ def test_the_shortest_input_of_a_finding_is_kept(tmp_path):
 
 
 def test_what_was_mended_is_counted():
-    assert fuzz.kept("run") >= 4 and sum(map(fuzz.kept, READERS)) == sum(path.is_file() for path in fuzz.KEPT.rglob("*"))
+    assert fuzz.kept("run") >= 4 and sum(map(fuzz.kept, READERS)) == sum(
+        path.is_file() for path in fuzz.KEPT.rglob("*")
+    )
