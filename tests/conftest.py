@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 # before anything imports Triton: its kernels then run on CPU tensors
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -14,6 +15,14 @@ torch.set_num_threads(1)
 # The first backward of a process decides about autograd's threads. One within torch.compile, whose fake tensors may be of any
 # device, starts them, and then no process that is forked later can go backward.
 torch.ones((), requires_grad=True).backward()
+if find_spec("hypothesis"):
+    from hypothesis import Phase, settings
+
+    # the same examples in every run: what a change breaks is the change's. Unshrunk: a search for the smallest failure may
+    # take minutes; `--hypothesis-profile=default` makes it.
+    phases = (Phase.explicit, Phase.generate)
+    settings.register_profile("suite", derandomize=True, deadline=None, max_examples=30, database=None, phases=phases)
+    settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

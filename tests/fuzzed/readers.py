@@ -256,8 +256,5 @@ READERS: dict[str, Reader] = {
     "json": Reader("JSON of Food and of CoOp's splits", laid_out("Food", "EuroSAT"), (
         label_file("Food", "food-101/meta/test.json"),
         label_file("EuroSAT", "eurosat/split_zhou_EuroSAT.json", coop("EuroSAT")))),
-    "matlab": Reader("MATLAB files of Flowers and StanfordCars", laid_out("Flowers", "StanfordCars"), (
-        label_file("Flowers", "oxford_flowers/setid.mat"), label_file("Flowers", "oxford_flowers/imagelabels.mat"),
-        label_file("StanfordCars", "stanford_cars/devkit/cars_meta.mat"))),
     "cache": Reader("the cache of prepared images", image_cache, (Part(_ENTRY, cached), Part("cache/lock", cached))),
 }  # fmt: skip

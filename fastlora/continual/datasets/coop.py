@@ -36,7 +36,7 @@ def _read(path: Path, folder: Path) -> Split:
     def side(key: str) -> Images:
         try:
             rows = [(str(image), int(label), str(name)) for image, label, name in content[key]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{path} has no rows of [image, label, class] under {key!r} ({error!r}).") from None
         for image, label, name in rows:
             if names.setdefault(label, name) != name:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import pickle
+import pickletools
 import zlib
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """A pickle of CIFAR, which holds arrays, numbers and texts; anything else in it is refused."""
     _must_exist(path)
     try:
-        with open(path, "rb") as file:
-            found = _ArrayUnpickler(file, encoding="latin1").load()
+        content = path.read_bytes()
+        _check_places(content)
+        found = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle may raise anything
         raise DataError(f"{path} is not a readable pickle of CIFAR ({error}). Download it again.") from None
     if not isinstance(found, dict):
@@ -67,6 +70,14 @@ def read_idx(path: Path) -> np.ndarray:
     if content[:2] != b"\0\0" or kind != b"\x08" or len(content) != 4 + 4 * axes + int(np.prod(shape)):
         raise DataError(f"{path} is not an idx file of bytes, or not whole. Download it again.")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _check_places(content: bytes) -> None:
+    """Raises UnpicklingError where a value is put at a place that so many bytes cannot have come to: the unpickler would
+    make room for all before it, up to 64 GB."""
+    for opcode, place, _ in pickletools.genops(content):
+        if opcode.name == "LONG_BINPUT" and (place or 0) > len(content):
+            raise pickle.UnpicklingError(f"it puts a value at place {place}")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
