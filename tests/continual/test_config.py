@@ -99,7 +99,7 @@ def test_a_method_does_not_take_another_ones_option():
 
 
 def test_help_of_an_option_is_that_of_the_class_which_has_it():
-    lines = [line for line in CoDyRAConfig.__doc__.splitlines() if re.match(r" {8}\w", line)]
+    lines = [line for line in CoDyRAConfig.__doc__.splitlines() if re.match(r" {4}\w", line)]
     documented = [line.split(":")[0].strip() for line in lines]
     assert documented == [field.name for field in dataclasses.fields(CoDyRAConfig)]
 
@@ -107,4 +107,4 @@ def test_help_of_an_option_is_that_of_the_class_which_has_it():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_option_is_documented(name):
     for field in dataclasses.fields(CONFIGS[name]):
-        assert f"        {field.name}: " in CONFIGS[name].__doc__ or f", {field.name}: " in CONFIGS[name].__doc__
+        assert f"    {field.name}: " in CONFIGS[name].__doc__ or f", {field.name}: " in CONFIGS[name].__doc__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Iterable
@@ -21,14 +22,16 @@ class UsageError(ValueError):
     """The command line or a config file asks for something that does not exist."""
 
 
-def _arguments(doc: str | None) -> str:
-    return (doc or "").partition("    Args:\n")[2].rstrip(" ")
+def _parts(doc: str | None) -> tuple[str, str]:
+    """What stands before `Args:`, and its entries; Python 3.13 takes the indentation away, older ones leave it."""
+    head, _, arguments = inspect.cleandoc(doc or "").partition("Args:\n")
+    return head.rstrip(), arguments and f"{arguments}\n"
 
 
 def _without(arguments: str, own: str) -> str:
     """`arguments` less those that `own` documents again."""
-    entries = re.findall(r"^        \w.*\n(?:            .*\n)*", arguments, re.MULTILINE)
-    return "".join(entry for entry in entries if not re.search(rf"^        {entry.split(':')[0].strip()}:", own, re.M))
+    entries = re.findall(r"^    \w.*\n(?:        .*\n)*", arguments, re.MULTILINE)
+    return "".join(entry for entry in entries if not re.search(rf"^    {entry.split(':')[0].strip()}:", own, re.M))
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class MethodConfig:
     name: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
-        base = next((_arguments(parent.__doc__) for parent in cls.__mro__[1:] if _arguments(parent.__doc__)), "")
-        head, _, own = (cls.__doc__ or "").partition("    Args:\n")
+        base = next((found for parent in cls.__mro__[1:] if (found := _parts(parent.__doc__)[1])), "")
+        head, own = _parts(cls.__doc__)
         if base:  # what --help shows of an option is what the docstring of its own class says
-            cls.__doc__ = f"{head.rstrip()}\n\n    Args:\n{_without(base, own)}{own}"
+            cls.__doc__ = f"{head}\n\nArgs:\n{_without(base, own)}{own}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with the method's name first, ready for YAML or JSON."""
