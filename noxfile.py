@@ -25,7 +25,13 @@ OLD_TRITON = {"2.11": ("numpy<2.4",)}  # the interpreter of Triton 3.6, on which
 # what a version of Python, torch or Triton can break, without the long runs; bench/results/versions.json has the seconds
 QUICK = (
     *("tests/ops", "tests/modules", "tests/optim", "tests/journal", "tests/interop", "tests/csrc"),
-    *("tests/test_adapt.py", "tests/test_adapter_file.py", "tests/test_reference.py", "tests/test_build.py"),
+    *(
+        "tests/test_adapt.py",
+        "tests/test_merging.py",
+        "tests/test_adapter_file.py",
+        "tests/test_reference.py",
+        "tests/test_build.py",
+    ),
     *(
         "tests/test_doctor.py",
         "tests/test_tied.py",
