@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -91,7 +92,7 @@ def read_run(path: str | os.PathLike[str]) -> SavedRun:
         ranks=ranks,
         drift=metrics.get("drift_curve", []),
     )
-    _check_sizes(path, record)
+    record = _whole_evaluations(path, record)
     log = _read(path / "log.csv", _log)
     selection: dict[str, Any] = {"comparisons": []}
     if (path / "selection.json").exists():
@@ -110,22 +111,35 @@ def _read(path: Path, parse: Any) -> Any:
         ) from error
 
 
-def _check_sizes(path: Path, record: Record) -> None:
-    """Raises ValueError unless the tables are of as many tasks and evaluations as each other."""
-    tasks, rows = len(record.tasks), len(record.own)
+def _whole_evaluations(path: Path, record: Record) -> Record:
+    """The evaluations that every table has: a run that is at work, or was stopped there, has one more in those it wrote first.
+
+    Raises:
+        ValueError: the tables are of another number of tasks, or differ by more than that.
+    """
+    tasks = len(record.tasks)
     for space, name in TABLES.items():
         found = [len(row) for row in getattr(record, space)]
-        if len(found) != rows or rows > tasks + 1 or any(length != tasks for length in found):
+        if set(found) - {tasks} or len(found) > tasks + 1:
             raise ValueError(
-                f"{path / name} has {len(found)} rows of {sorted(set(found))} accuracies, and {TABLES['own']} {rows}; of "
-                f"{tasks} tasks there are at most {tasks + 1}, of {tasks} each. Restore it, or train again."
+                f"{path / name} has {len(found)} rows of {sorted(set(found))} accuracies; of {tasks} tasks there are at most "
+                f"{tasks + 1}, of {tasks} each. Restore it, or train again."
             )
-    for key, curve in (("held_out_curve", record.held_out), ("drift_curve", record.drift)):
-        if len(curve) not in (0, rows):
-            raise ValueError(
-                f"{path / 'metrics.json'} has {len(curve)} values of {key}, and {TABLES['own']} {rows} rows. Restore it, or "
-                "train again."
-            )
+    curves = [curve for curve in (record.held_out, record.drift) if curve]  # not every run has them
+    lengths = [len(record.own), len(record.union), *map(len, curves)]
+    rows = min(lengths)
+    if max(lengths) - rows > 1:
+        raise ValueError(
+            f"the tables of {path} ({', '.join(TABLES.values())}, metrics.json) are of {lengths} evaluations. Restore them, or "
+            "train again."
+        )
+    return dataclasses.replace(
+        record,
+        own=record.own[:rows],
+        union=record.union[:rows],
+        held_out=record.held_out[:rows],
+        drift=record.drift[:rows],
+    )
 
 
 def _manifest(text: str) -> dict[str, Any]:
