@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import inspect
 import os
 import pickle
@@ -173,6 +174,7 @@ def _work_and_exit(work: Callable[[], Any], read: int, write: int) -> None:
     """In the child, which never comes back from here."""
     os.close(read)
     os.setpgid(0, 0)  # what it starts goes with it
+    faulthandler.disable()  # pytest's has a copy of stderr, and what dies of a planted bug is to die quietly
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
